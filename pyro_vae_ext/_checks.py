@@ -1,0 +1,254 @@
+"""Checks of arguments and of recorded sites, and what they say: "Expected X; got Y".
+
+A *term* is one site of a run with its name, its message (``site``), the sign of its log-density in
+the weight, and that log-density.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro.poutine.util import is_validation_enabled
+from torch import Tensor
+from torch.distributions import biject_to
+
+# Name of the outermost plate over particles, as Pyro's own objectives call it.
+PARTICLES = "num_particles_vectorized"
+
+
+def positive_int(name: str, value: object, minimum: int = 1) -> int:
+    """Return ``value`` if it is an int of at least ``minimum``; raise otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"Expected {name} to be an int; got {type(value).__name__}.")
+    if value < minimum:
+        raise ValueError(f"Expected {name} >= {minimum}; got {value}.")
+    return value
+
+
+def widths(name: str, values: Iterable[int]) -> tuple[int, ...]:
+    """Return ``values`` as a tuple of positive ints; raise otherwise."""
+    return tuple(positive_int(name, value) for value in values)
+
+
+def one_of(name: str, value: object, options: Sequence[str]) -> str:
+    """Return ``value`` if it is among ``options``; raise a message that lists them otherwise."""
+    if not isinstance(value, str) or value not in options:
+        quoted = [repr(option) for option in options]
+        if len(quoted) == 2:
+            raise ValueError(f"Expected {name} to be {quoted[0]} or {quoted[1]}; got {value!r}.")
+        raise ValueError(f"Expected {name} to be one of {', '.join(quoted)}; got {value!r}.")
+    return value
+
+
+def rows(scale: Tensor, plates: list[tuple[str, int]]) -> Tensor:
+    """A scale given as a tensor, shaped to multiply a bound of shape ``(*common_plates)``."""
+    dims = [dim for _, dim in plates]
+    for dim in range(-scale.dim(), 0):
+        if scale.shape[dim] != 1 and dim not in dims:
+            raise ValueError(
+                "Expected a scale that varies over the common plates alone when "
+                f"num_particles > 1; got shape {tuple(scale.shape)}. Scale the loss instead, or "
+                "use num_particles=1."
+            )
+    return scale.reshape([scale.shape[dim] if scale.dim() >= -dim else 1 for dim in dims])
+
+
+def _frames(site: Any) -> list[Any]:
+    return [frame for frame in site["cond_indep_stack"] if frame.name != PARTICLES]
+
+
+def common_plates(terms: Sequence[Any]) -> list[tuple[str, int]]:
+    """Plates that enclose every site, outermost first; others must not be subsampled."""
+    inside = [{f.name: f for f in _frames(term.site)} for term in terms]
+    every: dict[str, Any] = {}
+    for frames in inside:
+        every.update(frames)
+    common = []
+    for name, frame in every.items():
+        outside = [t.name for t, frames in zip(terms, inside, strict=True) if name not in frames]
+        if frame.vectorized and not outside:
+            common.append((name, frame.dim))
+        elif frame.full_size is not None and frame.size < frame.full_size:
+            got = (
+                f"site '{outside[0]}' outside it"
+                if outside
+                else "a plate that is iterated over one by one"
+            )
+            raise ValueError(
+                f"Expected every latent and observed site inside the subsampled plate '{name}' "
+                f"when num_particles > 1; got {got}. Move the site into the plate, pass the "
+                "full data, or use num_particles=1."
+            )
+    return sorted(common, key=lambda plate: plate[1])
+
+
+def common_scale(terms: Sequence[Any]) -> float | Tensor:
+    """The one scale of all sites."""
+    if not terms:
+        return 1.0
+    first = terms[0]
+    for term in terms[1:]:
+        a, b = first.site["scale"], term.site["scale"]
+        if a is b:
+            continue
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            same = torch.allclose(torch.as_tensor(a).double(), torch.as_tensor(b).double())
+        else:
+            same = math.isclose(a, b, rel_tol=1e-9)
+        if not same:
+            raise ValueError(
+                "Expected one scale for all sites of a weight when num_particles > 1; got "
+                f"{_number(a)} at site '{first.name}' and {_number(b)} at site '{term.name}'. "
+                "Scale the loss instead, or use num_particles=1."
+            )
+    return first.site["scale"]
+
+
+def _number(scale: float | Tensor) -> str:
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        return f"a tensor of shape {tuple(scale.shape)}"
+    return f"{float(scale):g}"
+
+
+def check_rows(terms: Sequence[Any], plates: list[tuple[str, int]]) -> None:
+    """Every site must have a log-density of its own for every row of the common plates."""
+    for term in terms:
+        shape = tuple(term.log_prob.shape)
+        for frame in _frames(term.site):
+            if (frame.name, frame.dim) not in plates or frame.size == 1:
+                continue
+            if len(shape) < -frame.dim or shape[frame.dim] == 1:
+                raise ValueError(
+                    f"Expected one log-density per row of plate '{frame.name}' at site "
+                    f"'{term.name}'; got a log-density of shape {shape} for {frame.size} rows. "
+                    "Draw the site row by row, or take it out of the plate."
+                )
+
+
+def check_shape(name: str, site: Any, shape: Sequence[int]) -> None:
+    """A log-density must not have dimensions that no plate declares."""
+    dims = {frame.dim for frame in site["cond_indep_stack"]}
+    for dim in range(-len(shape), 0):
+        if shape[dim] != 1 and dim not in dims:
+            raise ValueError(
+                f"Expected a log-density over the plates of site '{name}' alone; got shape "
+                f"{tuple(shape)}, whose dimension {dim} belongs to no plate. Declare the plate, "
+                "or make the dimension part of the event with .to_event(1)."
+            )
+
+
+def check_match(model_sites: Mapping[str, Any], guide_sites: Mapping[str, Any]) -> None:
+    for name, site in guide_sites.items():
+        if site["is_observed"] or site["infer"].get("is_auxiliary", False):
+            continue
+        if name not in model_sites or model_sites[name]["is_observed"]:
+            raise ValueError(
+                f"Expected every latent site of the guide in the model; got guide site '{name}' "
+                "that the model lacks. Mark it infer={'is_auxiliary': True} or add it to the "
+                "model."
+            )
+    for name, site in model_sites.items():
+        if site["is_observed"]:
+            continue
+        if name not in guide_sites or guide_sites[name]["is_observed"]:
+            raise ValueError(
+                f"Expected every latent site of the model in the guide; got model site '{name}' "
+                "that the guide lacks. Add it to the guide or observe it."
+            )
+
+
+def _name(fn: Any) -> str:
+    while hasattr(fn, "base_dist") and type(fn).__name__ in (
+        "Independent",
+        "ExpandedDistribution",
+        "MaskedDistribution",
+    ):
+        fn = fn.base_dist
+    return type(fn).__name__
+
+
+def check_reparameterised(guide_sites: Mapping[str, Any], gradient: str) -> None:
+    for name, site in guide_sites.items():
+        if not site["is_observed"] and not site["fn"].has_rsample:
+            raise ValueError(
+                f"Expected reparameterised latent sites under gradient='{gradient}'; got site "
+                f"'{name}' with the distribution {_name(site['fn'])}, which has no "
+                "reparameterised sampler. Marginalise it with the host's TraceEnum_ELBO, or use "
+                "an objective for discrete latents."
+            )
+
+
+def check_density(model_sites: Mapping[str, Any], guide_sites: Mapping[str, Any]) -> None:
+    """A guide must not put a point mass on a latent site: its weights would be no bound.
+
+    A ``Delta`` that only carries a drawn auxiliary value over to its site, as Pyro's AutoGuides
+    have them, is fine: there are as many drawn numbers as free numbers in such sites.
+    """
+    masses: list[str] = []
+    free = drawn = 0
+    for name, site in guide_sites.items():
+        if site["is_observed"]:
+            continue
+        if _name(site["fn"]) != "Delta":
+            drawn += site["value"].numel() if name not in model_sites else 0
+            continue
+        masses.append(name)
+        if name in model_sites:
+            transform = biject_to(model_sites[name]["fn"].support)
+            free += math.prod(transform.inverse_shape(site["value"].shape))
+    if free > drawn:
+        raise ValueError(
+            "Expected a guide with a density at every latent site when num_particles > 1; got a "
+            f"point mass (Delta) at site '{masses[0]}', under which no bound on the evidence "
+            "holds. Use a guide family, or num_particles=1 for a MAP estimate."
+        )
+
+
+def check_deltas(
+    terms: Sequence[Any], depends: Callable[[Any], bool], one_particle: bool
+) -> None:
+    """Under path gradients a ``Delta`` must carry no parameters of its own.
+
+    Its value has no density whose path derivative could be taken; what it carries over from an
+    auxiliary value is scored there.
+    """
+    for term in terms:
+        if term.sign > 0 or term.site["is_observed"] or _name(term.site["fn"]) != "Delta":
+            continue
+        delta = term.site["fn"]
+        while not hasattr(delta, "log_density"):
+            delta = delta.base_dist
+        if depends(delta.log_density) or (not one_particle and depends(delta.v)):
+            raise ValueError(
+                "Expected every parameter of the guide in the density of a drawn site under path "
+                f"gradients; got site '{term.name}', a Delta that applies parameters to a drawn "
+                "value. Use gradient='reparam'."
+            )
+
+
+def check_data(model_sites: Mapping[str, Any]) -> None:
+    for name, site in model_sites.items():
+        value = site["value"]
+        if not site["is_observed"] or not isinstance(value, Tensor) or value.numel() == 0:
+            continue
+        if not value.is_floating_point():
+            if not site["fn"].support.is_discrete:
+                raise TypeError(
+                    f"Expected floating-point data at site '{name}' ({_name(site['fn'])}); got "
+                    f"{str(value.dtype).removeprefix('torch.')}. Cast the data to float."
+                )
+        elif is_validation_enabled():
+            # A look at the values would break the one graph of a traced step: validation only.
+            bad = torch.isnan(value)
+            event_dim = site["fn"].event_dim
+            bad = bad.flatten(-event_dim).any(-1) if event_dim else bad
+            if isinstance(site["mask"], Tensor):
+                bad = bad & site["mask"]
+            if site["mask"] is not False and bool(bad.any()):
+                raise ValueError(
+                    f"Expected observed data without NaN at site '{name}'; got NaN. Drop or mask "
+                    "the rows with missing values."
+                )

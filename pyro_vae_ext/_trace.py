@@ -1,0 +1,374 @@
+r"""The only file that touches Pyro's traces: a (model, guide) pair in, log-weights out.
+
+:func:`run` executes guide and model once, for one particle or for a stack of them in an outermost
+plate, and returns what an objective needs: the log-weights with the plate bookkeeping done.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.enum import get_importance_trace
+from pyro.poutine.broadcast_messenger import BroadcastMessenger
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_vae_ext import _checks, _path
+
+PARTICLES = _checks.PARTICLES
+
+Program = Callable[..., Any]
+Sites = dict[str, Any]
+
+
+@dataclass
+class LogWeights:
+    """Log-weights of one run.
+
+    Attributes:
+        layout: Log-weights in the trace's layout: the particle dimension, if there is one, is
+            ``particle_dim``, other plates stand at their own negative dimension, reduced ones have
+            size 1.
+        particle_dim: Negative dimension of the particles, or None.
+        plates: Name and dimension of the common plates, outermost first.
+        scale: The one scale of all sites, which multiplies the bound.
+    """
+
+    layout: Tensor
+    particle_dim: int | None
+    plates: list[tuple[str, int]]
+    scale: float | Tensor
+    guide_sites: Sites
+    model_sites: Sites
+
+    def stacked(self) -> Tensor:
+        """Log-weights of shape ``(num_particles, *common_plates)``."""
+        if self.particle_dim is None:
+            return self.layout.reshape([1, *(self.layout.shape[dim] for _, dim in self.plates)])
+        dims = sorted([self.particle_dim, *(dim for _, dim in self.plates)])
+        if dims == list(range(-self.layout.dim(), 0)) and dims[0] == self.particle_dim:
+            return self.layout
+        stacked = self.layout.reshape([self.layout.shape[dim] for dim in dims])
+        # The particles stand outermost, unless the pair has more plates than was declared.
+        return stacked.movedim(dims.index(self.particle_dim), 0)
+
+    def in_layout(self, stacked: Tensor) -> Tensor:
+        """Numbers of the shape of :meth:`stacked`, in the layout of the trace."""
+        if self.particle_dim is not None:
+            dims = sorted([self.particle_dim, *(dim for _, dim in self.plates)])
+            stacked = stacked.movedim(0, dims.index(self.particle_dim))
+        return stacked.reshape(self.layout.shape)
+
+
+class PlateCollision(Exception):
+    """A plate of the pair stands at the dimension of the particles: more plates than assumed."""
+
+
+class Variable(NamedTuple):
+    """Values of one site: ``([num_particles], *plates, *event)``, with the plates' names."""
+
+    value: Tensor
+    plates: tuple[str, ...]
+
+
+@dataclass
+class Draw:
+    """Latent values of a guide, the data of the model, and new data drawn from it."""
+
+    latent: dict[str, Variable]
+    observed: dict[str, Variable]
+    predictive: dict[str, Variable]
+    log_weights: LogWeights
+
+
+@dataclass
+class _Term:
+    """Log-density of one site, masked but not reduced; ``sign`` is its sign in the weight."""
+
+    name: str
+    site: Any
+    sign: float
+    log_prob: Tensor = field(init=False)
+
+
+class _Record(Messenger):
+    """Run a program at given values and record its sites; stands outside of every plate.
+
+    ``particles`` is the frame of an outermost plate, which is entered at sample sites alone: it
+    has no business with parameters. The subsample of a plate is that of the first run. Its draw
+    is repeated and discarded, so that a run consumes the same random numbers whether it is the
+    first one or a recomputation.
+    """
+
+    def __init__(
+        self,
+        values: dict[str, Any] | None = None,
+        subsamples: dict[str, Tensor] | None = None,
+        path: _path.Path | None = None,
+        particles: CondIndepStackFrame | None = None,
+    ) -> None:
+        super().__init__()
+        self.particles = particles
+        self.values = {} if values is None else values
+        self.subsamples = {} if subsamples is None else subsamples
+        self.path = path
+        self.sites: Sites = {}
+
+    def _process_message(self, msg: Any) -> None:
+        if msg["type"] == "inspect" and self.particles is not None:
+            # AutoGuides ask for the plates outside of them.
+            msg["cond_indep_stack"] = (self.particles, *msg["cond_indep_stack"])
+        if msg["type"] != "sample":
+            return
+        if self.particles is not None and not site_is_subsample(msg):
+            if any(frame.dim == self.particles.dim for frame in msg["cond_indep_stack"]):
+                raise PlateCollision
+            msg["cond_indep_stack"] = (self.particles, *msg["cond_indep_stack"])
+            BroadcastMessenger._pyro_sample(msg)
+        if msg["name"] in self.values and not msg["is_observed"] and msg["value"] is None:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
+
+    def _postprocess_message(self, msg: Any) -> None:
+        if msg["type"] != "sample":
+            return
+        name = msg["name"]
+        if site_is_subsample(msg):
+            msg["value"] = self.subsamples.setdefault(name, msg["value"])
+            return
+        if msg["infer"].get("_deterministic", False):
+            return
+        if name in self.sites:
+            raise ValueError(f"Expected one site of each name; got '{name}' twice.")
+        if self.path is not None and not msg["is_observed"]:
+            msg["value"] = _path.Cut.apply(msg["value"], self.path)
+            base = msg["fn"]
+            while hasattr(base, "base_dist"):
+                base = base.base_dist
+            if hasattr(base, "carry"):
+                base.carry(msg["value"])
+        self.sites[name] = msg.copy()
+
+
+def _run_pair(
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: dict,
+    particles: CondIndepStackFrame | None = None,
+    subsamples: dict[str, Tensor] | None = None,
+    path: _path.Path | None = None,
+) -> tuple[Sites, Sites, dict[str, Any]]:
+    """Sites of the model and of the guide, and the latent values that the model was run at."""
+    subsamples = {} if subsamples is None else subsamples
+    with _Record(None, subsamples, path, particles) as guide_record:
+        guide(*args, **kwargs)
+    guide_sites = guide_record.sites
+    if isinstance(poutine.unwrap(guide), GuideMessenger):
+        # Such a guide runs the model; what the model observes is none of the guide's.
+        guide_sites = {n: site for n, site in guide_sites.items() if not site["is_observed"]}
+    values = {name: site["value"] for name, site in guide_sites.items() if not site["is_observed"]}
+    if path is not None and path.weigh:
+        for name, value in values.items():
+            if value.requires_grad:
+                event_dim = guide_sites[name]["fn"].event_dim
+                values[name] = _path.Weigh.apply(value, path, event_dim)
+    with _Record({**subsamples, **values}, particles=particles) as model_record:
+        model(*args, **kwargs)
+    return model_record.sites, guide_sites, values
+
+
+def host_traces(model: Program, guide: Program, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+    """Pyro's own traces of model and guide, for the parts of its base class that ask for them."""
+    return get_importance_trace("flat", math.inf, model, guide, args, kwargs)
+
+
+def plate_nesting(model: Program, guide: Program, args: tuple, kwargs: dict) -> int:
+    """Largest number of nested plates of the pair, found by running it once."""
+    # The run leaves no trace: no gradient, no site seen from outside, no random number used up.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.no_grad(), poutine.block(), torch.random.fork_rng(devices):
+        model_sites, guide_sites, _ = _run_pair(model, guide, args, kwargs)
+    sites = [*guide_sites.items(), *model_sites.items()]
+    for name, site in sites:
+        # With particles an undeclared dimension could pass for theirs.
+        _checks.check_shape(name, site, site["fn"].batch_shape)
+    dims = [
+        frame.dim
+        for _, site in sites
+        for frame in site["cond_indep_stack"]
+        if frame.vectorized
+    ]
+    return -min(dims, default=0)
+
+
+def run(
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: dict,
+    *,
+    num_particles: int = 1,
+    particle_dim: int | None = None,
+    subsamples: dict[str, Tensor] | None = None,
+    path: _path.Path | None = None,
+    gradient: str | None = None,
+    joint: bool = False,
+) -> LogWeights:
+    """Run guide and model once and return their log-weights.
+
+    Args:
+        model: Program of Pyro primitives.
+        guide: Program of Pyro primitives.
+        args: Positional arguments of both.
+        kwargs: Keyword arguments of both.
+        num_particles: Size of the particle plate.
+        particle_dim: Its negative dimension; None for one particle without a plate.
+        subsamples: Subsamples to share, by plate; filled by the first run.
+        path: If given, the log-weights carry path derivatives.
+        gradient: If given, every latent site must be reparameterised; the name is for the error.
+        joint: Sum the scaled log-densities of all sites, with no condition on plates and scales.
+    """
+    particles = _particles(num_particles, particle_dim)
+    model_sites, guide_sites, values = _run_pair(
+        model, guide, args, kwargs, particles, subsamples, path
+    )
+    _checks.check_match(model_sites, guide_sites)
+    if gradient is not None:
+        _checks.check_reparameterised(guide_sites, gradient)
+    _checks.check_data(model_sites)
+
+    terms = [_Term(name, site, 1.0) for name, site in model_sites.items()]
+    terms += [_Term(name, site, -1.0) for name, site in guide_sites.items()]
+    plates: list[tuple[str, int]] = []
+    scale: float | Tensor = 1.0
+    if not joint:
+        _checks.check_density(model_sites, guide_sites)
+        plates = _checks.common_plates(terms)
+        scale = _checks.common_scale(terms)
+    for term in terms:
+        term.log_prob = _log_prob(term, path)
+        _checks.check_shape(term.name, term.site, term.log_prob.shape)
+        factor = term.site["scale"] if joint else 1.0
+        if isinstance(factor, Tensor) or factor != 1.0 or term.site["mask"] is not None:
+            term.log_prob = scale_and_mask(term.log_prob, factor, term.site["mask"])
+    if not joint:
+        _checks.check_rows(terms, plates)
+    if path is not None:
+        _checks.check_deltas(terms, _path.depends_on_parameters, joint)
+        _path.take_path_derivatives(terms, values, path)
+
+    keep = {dim for _, dim in plates} | ({particle_dim} if particle_dim is not None else set())
+    total: Tensor | None = None
+    for term in terms:
+        reduced = _reduce(term.log_prob, keep)
+        if total is None:
+            total = reduced if term.sign > 0 else -reduced
+        else:
+            total = total + reduced if term.sign > 0 else total - reduced
+    if total is None:
+        raise ValueError("Expected a model with at least one sample site; got none.")
+    for dim in keep:
+        # Sites that are all masked out have no dimensions of their own.
+        if total.dim() < -dim:
+            total = total.reshape((1,) * (-dim - total.dim()) + tuple(total.shape))
+    if isinstance(scale, Tensor):
+        scale = _checks.rows(scale, plates)
+    return LogWeights(total, particle_dim, plates, scale, guide_sites, model_sites)
+
+
+def draw(
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: dict,
+    *,
+    num_particles: int,
+    particle_dim: int,
+    subsamples: dict[str, Tensor],
+    predictive: bool = False,
+) -> Draw:
+    """Draw latent values from the guide, with their log-weights and, on demand, new data."""
+    run_ = run(
+        model,
+        guide,
+        args,
+        kwargs,
+        num_particles=num_particles,
+        particle_dim=particle_dim,
+        subsamples=subsamples,
+    )
+    latent = {
+        name: site
+        for name, site in run_.guide_sites.items()
+        if not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
+    }
+    observed = {
+        name: site
+        for name, site in run_.model_sites.items()
+        if site["is_observed"] and site["value"].numel() > 0
+    }
+    fresh: dict[str, Variable] = {}
+    if predictive:
+        values = {name: site["value"] for name, site in run_.guide_sites.items()}
+        with _Record(
+            {**subsamples, **values}, particles=_particles(num_particles, particle_dim)
+        ) as record:
+            poutine.uncondition(model)(*args, **kwargs)
+        fresh = {n: _variable(record.sites[n], particle_dim) for n in observed if n in record.sites}
+    return Draw(
+        latent={name: _variable(site, particle_dim) for name, site in latent.items()},
+        observed={name: _variable(site, None) for name, site in observed.items()},
+        predictive=fresh,
+        log_weights=run_,
+    )
+
+
+def _particles(size: int, dim: int | None) -> CondIndepStackFrame | None:
+    return None if dim is None else CondIndepStackFrame(PARTICLES, dim, size, 0, full_size=size)
+
+
+def _variable(site: Any, particle_dim: int | None) -> Variable:
+    """The value of a site as ``([num_particles], *plates, *event)``, and its plates' names."""
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
+    frames.sort(key=lambda frame: frame.dim)
+    event_dim = site["fn"].event_dim
+    value = site["value"]
+    event = value.shape[value.dim() - event_dim :]
+    batch = value.shape[: value.dim() - event_dim]
+    dims = [frame.dim for frame in frames]
+    if particle_dim is not None:
+        dims = [particle_dim, *dims]
+    shape = [batch[dim] if len(batch) >= -dim else 1 for dim in dims]
+    return Variable(value.reshape(*shape, *event), tuple(frame.name for frame in frames))
+
+
+def _reduce(log_prob: Tensor, keep: set[int]) -> Tensor:
+    if not keep:
+        return log_prob.sum()
+    dims = [dim for dim in range(-log_prob.dim(), 0) if dim not in keep]
+    return log_prob.sum(dims, keepdim=True) if dims else log_prob
+
+
+def _log_prob(term: _Term, path: _path.Path | None) -> Tensor:
+    site = term.site
+    try:
+        return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    except (NotImplementedError, KeyError) as error:
+        if path is None:
+            raise
+        # The host's flows score their own sample from a cache; a cut value is another tensor.
+        raise ValueError(
+            "Expected a distribution that scores any value under path gradients; got site "
+            f"'{term.name}' with a {type(site['fn']).__name__} that cannot invert its transforms. "
+            "Use gradient='reparam'."
+        ) from error

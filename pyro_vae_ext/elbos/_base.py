@@ -1,0 +1,199 @@
+r"""The contract of an objective made of log-weights.
+
+A (model, guide) pair gives log-weights :math:`\log w_k = \log p(x, z_k) - \log q(z_k \mid x)` of
+shape ``(num_particles, *common_plates)``; a member maps them to a bound per datum. The base turns
+that into Pyro's whole ELBO contract: ``loss``, ``differentiable_loss``, ``loss_and_grads``, and
+with them ``elbo(model, guide)`` as a ``torch.nn.Module``. ``loss`` is minimised; a bound is
+maximised.
+
+Weights are per datum. A plate that encloses every latent and every observed site is *common*: its
+subsample is drawn once for all particles, its scale is taken out before particles are averaged and
+put back after it. Without a common plate there is one joint weight, whose bound is valid as well.
+What would make the number no bound raises. With one particle nothing is averaged, and scales and
+plates are as free as in Pyro's own ``Trace_ELBO``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pyro_vae_ext import _trace
+from pyro_vae_ext._checks import one_of, positive_int
+from pyro_vae_ext._path import Path
+
+GRADIENTS = ("reparam", "stl", "dreg")
+
+
+class LogWeightELBO(ELBO, ABC):
+    """Base of objectives that are functions of log-weights; a member defines :meth:`bound`."""
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        gradient: str = "reparam",
+        vectorize_particles: bool = True,
+        chunk_size: int | None = None,
+        max_plate_nesting: float = float("inf"),
+    ) -> None:
+        positive_int("num_particles", num_particles)
+        if not isinstance(vectorize_particles, bool):
+            raise TypeError(
+                "Expected vectorize_particles to be a bool; got "
+                f"{type(vectorize_particles).__name__}."
+            )
+        if chunk_size is not None:
+            if not isinstance(chunk_size, int) or chunk_size < 1:
+                raise ValueError(f"Expected chunk_size >= 1 or None; got {chunk_size}.")
+        self.gradient = one_of("gradient", gradient, GRADIENTS)
+        self.chunk_size = chunk_size
+        super().__init__(
+            num_particles=num_particles,
+            vectorize_particles=vectorize_particles,
+            max_plate_nesting=max_plate_nesting,
+        )
+
+    @abstractmethod
+    def bound(self, log_weights: Tensor) -> Tensor:
+        """Bound per datum, ``(*common_plates)``, from ``(num_particles, *common_plates)``."""
+
+    def log_weights(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Log-weights of one draw of all particles, without the plates' scale.
+
+        Args:
+            model: Program of Pyro primitives.
+            guide: Program of Pyro primitives.
+            args: Positional arguments of both.
+            kwargs: Keyword arguments of both.
+
+        Returns:
+            ``(num_particles, *common_plates)``.
+
+        Raises:
+            ValueError: If the weights would not be those of a bound; the message names the site.
+        """
+        weights, _ = self._weights(model, guide, args, kwargs, path=None)
+        return weights
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The negative bound as a scalar tensor whose gradient is the chosen estimator."""
+        path = None
+        if self.gradient != "reparam" and torch.is_grad_enabled():
+            path = partial(Path, weigh=self.gradient == "dreg")
+        if self.num_particles == 1:
+            run = _trace.run(
+                model,
+                guide,
+                args,
+                kwargs,
+                path=None if path is None else Path(),
+                gradient=self.gradient,
+                joint=True,
+            )
+            return -run.layout
+        weights, scale = self._weights(model, guide, args, kwargs, path=path)
+        bound = self.bound(weights)
+        return -(bound if isinstance(scale, float) and scale == 1.0 else scale * bound).sum()
+
+    def loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
+        """The negative bound as a number, without a gradient."""
+        with torch.no_grad():
+            return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The negative bound as a scalar tensor; adds its gradient to every parameter."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return loss.detach()
+
+    def _get_trace(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple,
+        kwargs: dict,
+    ) -> tuple[Any, Any]:
+        """Traces of one run, for the parts of Pyro's base class that ask for them."""
+        return _trace.host_traces(model, guide, args, kwargs)
+
+    def _weights(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple,
+        kwargs: dict,
+        *,
+        path: Callable[[], Path] | None,
+    ) -> tuple[Tensor, float | Tensor]:
+        """Log-weights of all particles, and their scale."""
+        if self.vectorize_particles and self.num_particles > 1:
+            if self.max_plate_nesting < float("inf"):
+                try:
+                    return self._run_all(model, guide, args, kwargs, path)
+                except _trace.PlateCollision:
+                    pass  # Another pair than the last one, with more plates.
+            self.max_plate_nesting = 1 + _trace.plate_nesting(model, guide, args, kwargs)
+        return self._run_all(model, guide, args, kwargs, path)
+
+    def _run_all(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple,
+        kwargs: dict,
+        path: Callable[[], Path] | None,
+    ) -> tuple[Tensor, float | Tensor]:
+        """Run all particles, vectorised, looped or chunked."""
+        stack = self.vectorize_particles and self.num_particles > 1
+        size = self.num_particles if self.chunk_size is None else self.chunk_size
+        size = min(size, self.num_particles) if stack else 1
+        recompute = self.chunk_size is not None and torch.is_grad_enabled()
+
+        subsamples: dict[str, Tensor] = {}
+        runs: dict[int, _trace.LogWeights] = {}
+        paths = {start: path() for start in range(0, self.num_particles, size) if path is not None}
+
+        def run(start: int) -> Tensor:
+            result = _trace.run(
+                model,
+                guide,
+                args,
+                kwargs,
+                num_particles=min(size, self.num_particles - start),
+                particle_dim=-int(self.max_plate_nesting) if stack else None,
+                subsamples=subsamples,
+                path=paths.get(start),
+                gradient=self.gradient if torch.is_grad_enabled() else None,
+            )
+            # A second run of a chunk, in the backward pass, changes nothing here.
+            runs.setdefault(start, result)
+            return result.stacked()
+
+        chunks = [
+            # A chunk's activations are recomputed in the backward pass, one chunk at a time.
+            checkpoint(run, start, use_reentrant=False) if recompute else run(start)
+            for start in range(0, self.num_particles, size)
+        ]
+        weights = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+        if self.gradient == "dreg" and paths:
+            shares = torch.softmax(weights.detach(), 0).split(size)
+            for (start, state), share in zip(paths.items(), shares, strict=True):
+                state.weights = runs[start].in_layout(share)
+        return weights, runs[0].scale

@@ -1,0 +1,107 @@
+"""The contract of a guide family.
+
+A family is a module with parameters that is *called as a statement inside a guide*::
+
+    z = family("z", context)        # context: (*batch, context_dim), or None
+
+It runs Pyro's ``sample`` statement in the plates that surround it and returns ``z`` of shape
+``(*batch, latent_dim)``. ``context`` is the output of an encoder; a family built with
+``context_dim=None`` is called without one and is a global posterior. Families start near the
+standard Normal, take any left batch, and are exchanged for one another by their constructor
+alone. A sampled value carries its log-density: no family inverts itself in training.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import pyro
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.poutine.util import is_validation_enabled
+from torch import Tensor, nn
+
+from pyro_vae_ext._checks import positive_int
+
+
+class GuideFamily(nn.Module, ABC):
+    """Base of the guide families; a member defines :meth:`distribution`."""
+
+    def __init__(self, latent_dim: int, context_dim: int | None) -> None:
+        super().__init__()
+        self.latent_dim = positive_int("latent_dim", latent_dim)
+        self.context_dim = None if context_dim is None else positive_int("context_dim", context_dim)
+
+    @abstractmethod
+    def distribution(self, context: Tensor | None = None) -> TorchDistribution:
+        """The posterior given ``context``, as a distribution over vectors.
+
+        Args:
+            context: ``(*batch, context_dim)``, or None for a family without a context.
+
+        Returns:
+            A distribution with ``batch_shape == batch`` and ``event_shape == (latent_dim,)``.
+        """
+
+    def forward(self, name: str, context: Tensor | None = None) -> Tensor:
+        """Sample the site ``name``; a statement for the body of a guide.
+
+        Args:
+            name: Name of the latent site.
+            context: ``(*batch, context_dim)``, or None for a family without a context.
+
+        Returns:
+            The value, of shape ``(*batch, latent_dim)``, ``batch`` widened by the plates.
+
+        Raises:
+            ValueError: If the context is missing, unexpected, of another width, or NaN.
+            TypeError: If the context is not of a floating-point type.
+        """
+        self._check_context(context, f" at site '{name}'")
+        return pyro.sample(name, self.distribution(context))
+
+    def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Log-density :math:`\log q(z \mid c)` of any ``value``, not only of the family's own.
+
+        Args:
+            value: ``(*batch, latent_dim)``.
+            context: ``(*batch, context_dim)``, or None for a family without a context.
+
+        Returns:
+            ``(*batch,)``, differentiable once in the value, the context and the parameters.
+        """
+        self._check_context(context, " at log_prob")
+        if value.shape[-1:] != (self.latent_dim,):
+            raise ValueError(
+                f"Expected values of width {self.latent_dim} at log_prob; "
+                f"got shape {tuple(value.shape)}."
+            )
+        return self.distribution(context).log_prob(value)
+
+    def _check_context(self, context: Tensor | None, where: str) -> None:
+        if self.context_dim is None:
+            if context is not None:
+                raise ValueError(
+                    f"Expected no context{where}; got shape {tuple(context.shape)}. Build the "
+                    f"family with context_dim={context.shape[-1]} to use one."
+                )
+            return
+        expected = f"Expected a context of width {self.context_dim}{where}; got "
+        if context is None:
+            raise ValueError(
+                f"{expected}None. Pass the encoder's output, or build the family with "
+                "context_dim=None."
+            )
+        if context.shape[-1:] != (self.context_dim,):
+            raise ValueError(f"{expected}shape {tuple(context.shape)}.")
+        if not context.is_floating_point():
+            raise TypeError(
+                f"Expected a floating-point context{where}; got "
+                f"{str(context.dtype).removeprefix('torch.')}. Cast the data to float before the "
+                "encoder."
+            )
+        # A look at the values would break the one graph of a traced step: validation only.
+        if is_validation_enabled() and bool(torch.isnan(context).any()):
+            raise ValueError(
+                f"Expected a context without NaN{where}; got NaN. Check the data and the encoder."
+            )

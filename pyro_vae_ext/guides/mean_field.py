@@ -1,0 +1,84 @@
+"""The mean-field family: a diagonal Normal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_vae_ext._checks import one_of, widths
+from pyro_vae_ext.guides._base import GuideFamily
+from pyro_vae_ext.guides._normal import CarryingNormal
+from pyro_vae_ext.nn._activations import ACTIVATIONS
+
+
+class MeanField(GuideFamily):
+    r"""Diagonal Normal, :math:`q(z \mid c) = \prod_i N(z_i;\, \mu_i(c),\, \sigma_i(c)^2)`.
+
+    Location and log-scale are linear heads on the context, after a dense network if
+    ``hidden_dims`` is given. Without a context they are free parameters.
+
+    Args:
+        latent_dim: Dimension of the latent vector.
+        context_dim: Width of the context, or None for a global posterior.
+        hidden_dims: Widths of dense layers between context and heads; none by default.
+        activation: Their activation, ``"elu"``, ``"relu"`` or ``"tanh"``.
+
+    Raises:
+        ValueError: If a width is not positive, the activation is unknown, or ``hidden_dims`` is
+            given without a context.
+
+    References:
+        Kingma and Welling, 2014, *Auto-Encoding Variational Bayes*, arXiv:1312.6114, eq. 9.
+
+    Example:
+        >>> import torch
+        >>> posterior = MeanField(latent_dim=2, context_dim=5)
+        >>> posterior("z", torch.zeros(7, 5)).shape
+        torch.Size([7, 2])
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        context_dim: int | None = None,
+        *,
+        hidden_dims: Sequence[int] = (),
+        activation: str = "elu",
+    ) -> None:
+        super().__init__(latent_dim, context_dim)
+        hidden_dims = widths("hidden_dims", hidden_dims)
+        self.activation = one_of("activation", activation, tuple(ACTIVATIONS))
+        if context_dim is None:
+            if hidden_dims:
+                raise ValueError(f"Expected hidden_dims=() without a context; got {hidden_dims}.")
+            self.loc = nn.Parameter(torch.zeros(latent_dim))
+            self.log_scale = nn.Parameter(torch.zeros(latent_dim))
+            return
+        ends = (context_dim, *hidden_dims)
+        self.trunk = nn.ModuleList(nn.Linear(a, b) for a, b in zip(ends, hidden_dims, strict=False))
+        self.loc = nn.Linear(ends[-1], latent_dim)
+        self.log_scale = nn.Linear(ends[-1], latent_dim)
+        for layer in (*self.trunk, self.loc, self.log_scale):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        with torch.no_grad():
+            # Small heads start the posterior near the standard Normal.
+            self.loc.weight.mul_(0.1)
+            self.log_scale.weight.mul_(0.1)
+
+    def loc_and_log_scale(self, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Location and log-scale, each ``(*batch, latent_dim)``."""
+        if self.context_dim is None:
+            return self.loc, self.log_scale
+        activate, _ = ACTIVATIONS[self.activation]
+        for layer in self.trunk:
+            context = activate(layer(context))
+        return self.loc(context), self.log_scale(context)
+
+    def distribution(self, context: Tensor | None = None) -> TorchDistribution:
+        """The diagonal Normal given ``context``: ``Normal(loc, scale).to_event(1)``."""
+        loc, log_scale = self.loc_and_log_scale(context)
+        return CarryingNormal(loc, log_scale).to_event(1)
