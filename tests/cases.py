@@ -1,0 +1,81 @@
+"""The registry: every public member of every family, as strings and numbers only.
+
+``CASES[family][member]`` lists the keyword arguments that the contract tests of both backends
+build the member with. A member that is missing here fails ``test_mirror.py``.
+"""
+
+from __future__ import annotations
+
+CASES: dict[str, dict[str, list[dict]]] = {
+    "guides": {
+        "MeanField": [
+            {"latent_dim": 3, "context_dim": 4},
+            {"latent_dim": 3, "context_dim": 4, "hidden_dims": (6, 5), "activation": "tanh"},
+            {"latent_dim": 1, "context_dim": 4},
+            {"latent_dim": 3, "context_dim": None},
+            {"latent_dim": 1, "context_dim": None},
+        ],
+        "IAF": [
+            {"latent_dim": 3, "context_dim": 4, "hidden_dims": (7,), "update": "gated"},
+            {"latent_dim": 3, "context_dim": 4, "hidden_dims": (7,), "update": "affine"},
+            {
+                "latent_dim": 4,
+                "context_dim": 2,
+                "hidden_dims": (8, 6),
+                "num_flows": 3,
+                "activation": "tanh",
+            },
+            {"latent_dim": 1, "context_dim": 4, "hidden_dims": (5,)},
+            {"latent_dim": 3, "context_dim": None, "hidden_dims": (7,), "num_flows": 1},
+            {"latent_dim": 3, "context_dim": None, "hidden_dims": (7,), "update": "affine"},
+            {"latent_dim": 1, "context_dim": None, "hidden_dims": (5,)},
+        ],
+    },
+    "elbos": {
+        "ImportanceWeightedELBO": [
+            {"num_particles": num_particles, "gradient": gradient, **layout}
+            for gradient in ("reparam", "stl", "dreg")
+            for num_particles, layout in (
+                (1, {}),
+                (6, {}),
+                (6, {"vectorize_particles": False}),
+                (6, {"chunk_size": 4}),
+            )
+        ],
+    },
+    "nn": {
+        "MaskedLinear": [
+            {"in_features": 3, "out_features": 2, "mask": ((1, 0, 0), (1, 1, 0))},
+            {"in_features": 1, "out_features": 1, "mask": ((0,),)},
+        ],
+        "MaskedMLP": [
+            {"features": 4, "hidden_dims": (9,), "num_outputs": 2, "context_dim": 3},
+            {
+                "features": 4,
+                "hidden_dims": (9, 7),
+                "num_outputs": 1,
+                "context_dim": 3,
+                "order": (2, 0, 3, 1),
+                "activation": "tanh",
+            },
+            {"features": 3, "hidden_dims": (5,), "num_outputs": 2, "activation": "relu"},
+            {"features": 1, "hidden_dims": (5,), "num_outputs": 2, "context_dim": 3},
+            {"features": 1, "hidden_dims": (5, 4), "num_outputs": 2},
+        ],
+    },
+    "diagnostics": {
+        "log_evidence": [
+            {"num_samples": 7, "progress_bar": False},
+            {"num_samples": 7, "chunk_size": 3, "progress_bar": False},
+            {"num_samples": 7, "chunk_size": 100, "progress_bar": False},
+        ],
+        "active_units": [
+            {"num_samples": 40},
+            {"num_samples": 41, "threshold": 0.1},
+        ],
+        "to_arviz": [
+            {"num_samples": 5, "num_chains": 2},
+            {"num_samples": 5, "num_chains": 1, "posterior_predictive": False},
+        ],
+    },
+}

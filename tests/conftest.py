@@ -1,0 +1,71 @@
+"""Options, seeds and what is collected; imports with neither backend installed."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+os.environ["MPLBACKEND"] = "Agg"
+
+BACKENDS = {"test_pyro": ("torch", "pyro"), "test_numpyro": ("jax", "numpyro", "flax", "optax")}
+BACKENDS["test_parity"] = BACKENDS["test_pyro"] + BACKENDS["test_numpyro"]
+MISSING = {
+    folder: [name for name in modules if find_spec(name) is None]
+    for folder, modules in BACKENDS.items()
+}
+
+collect_ignore = [folder for folder, missing in MISSING.items() if missing]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("vae-ext")
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda", "gpu"), help="default: cpu")
+    group.addoption(
+        "--dtype", default="float64", choices=("float64", "float32"), help="default: float64"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cpu":
+        # Before JAX is imported: it would take a GPU that it finds.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    lines = [f"device: {config.getoption('--device')}, dtype: {config.getoption('--dtype')}"]
+    lines += [
+        f"{folder}: left out, not installed: {', '.join(missing)}"
+        for folder, missing in MISSING.items()
+        if missing
+    ]
+    return lines
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """``"cpu"`` or ``"cuda"``, a name that both torch and JAX know."""
+    name = request.config.getoption("--device")
+    return "cuda" if name == "gpu" else name
+
+
+@pytest.fixture(scope="session")
+def dtype(request: pytest.FixtureRequest) -> str:
+    """``"float64"`` or ``"float32"``."""
+    return request.config.getoption("--dtype")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """The same random numbers and an empty parameter store for every test, whatever ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    # Only a test that uses a backend has loaded it.
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    if "pyro" in sys.modules and hasattr(sys.modules["pyro"], "clear_param_store"):
+        sys.modules["pyro"].clear_param_store()
