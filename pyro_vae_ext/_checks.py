@@ -7,7 +7,7 @@ the weight, and that log-density.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -121,11 +121,7 @@ def check_rows(terms: Sequence[Any], plates: list[tuple[str, int]]) -> None:
             if (frame.name, frame.dim) not in plates or frame.size == 1:
                 continue
             if len(shape) < -frame.dim or shape[frame.dim] == 1:
-                raise ValueError(
-                    f"Expected one log-density per row of plate '{frame.name}' at site "
-                    f"'{term.name}'; got a log-density of shape {shape} for {frame.size} rows. "
-                    "Draw the site row by row, or take it out of the plate."
-                )
+                raise _no_rows(term.name, frame, shape)
 
 
 def check_shape(name: str, site: Any, shape: Sequence[int]) -> None:
@@ -138,6 +134,31 @@ def check_shape(name: str, site: Any, shape: Sequence[int]) -> None:
                 f"{tuple(shape)}, whose dimension {dim} belongs to no plate. Declare the plate, "
                 "or make the dimension part of the event with .to_event(1)."
             )
+
+
+def _check_events(name: str, asked: Any, given: Any) -> None:
+    """A site must have the same event in both programs; a joint draw of all rows has another."""
+    wide, narrow = given["fn"].event_dim, asked["fn"].event_dim
+    if wide > narrow:
+        inside = {frame.name for frame in _frames(given)}
+        for frame in _frames(asked):
+            if frame.name not in inside:
+                raise _no_rows(name, frame, given["fn"].batch_shape)
+    if given["fn"].event_shape != asked["fn"].event_shape:
+        raise ValueError(
+            f"Expected the same shape at site '{name}' in model and guide; got "
+            f"{tuple(asked['fn'].shape())} with event_dim={narrow} in the model and "
+            f"{tuple(given['fn'].shape())} with event_dim={wide} in the guide. Use .to_event or "
+            "the same plates."
+        )
+
+
+def _no_rows(name: str, frame: Any, shape: Sequence[int]) -> ValueError:
+    return ValueError(
+        f"Expected one log-density per row of plate '{frame.name}' at site '{name}'; got a "
+        f"log-density of shape {tuple(shape)} for {frame.size} rows. Draw the site row by row, or "
+        "take it out of the plate."
+    )
 
 
 def check_match(model_sites: Mapping[str, Any], guide_sites: Mapping[str, Any]) -> None:
@@ -158,9 +179,11 @@ def check_match(model_sites: Mapping[str, Any], guide_sites: Mapping[str, Any]) 
                 f"Expected every latent site of the model in the guide; got model site '{name}' "
                 "that the guide lacks. Add it to the guide or observe it."
             )
+        _check_events(name, site, guide_sites[name])
 
 
-def _name(fn: Any) -> str:
+def distribution_name(fn: Any) -> str:
+    """Name of the distribution inside of the host's wrappers."""
     while hasattr(fn, "base_dist") and type(fn).__name__ in (
         "Independent",
         "ExpandedDistribution",
@@ -175,7 +198,7 @@ def check_reparameterised(guide_sites: Mapping[str, Any], gradient: str) -> None
         if not site["is_observed"] and not site["fn"].has_rsample:
             raise ValueError(
                 f"Expected reparameterised latent sites under gradient='{gradient}'; got site "
-                f"'{name}' with the distribution {_name(site['fn'])}, which has no "
+                f"'{name}' with the distribution {distribution_name(site['fn'])}, which has no "
                 "reparameterised sampler. Marginalise it with the host's TraceEnum_ELBO, or use "
                 "an objective for discrete latents."
             )
@@ -192,7 +215,7 @@ def check_density(model_sites: Mapping[str, Any], guide_sites: Mapping[str, Any]
     for name, site in guide_sites.items():
         if site["is_observed"]:
             continue
-        if _name(site["fn"]) != "Delta":
+        if distribution_name(site["fn"]) != "Delta":
             drawn += site["value"].numel() if name not in model_sites else 0
             continue
         masses.append(name)
@@ -207,28 +230,6 @@ def check_density(model_sites: Mapping[str, Any], guide_sites: Mapping[str, Any]
         )
 
 
-def check_deltas(
-    terms: Sequence[Any], depends: Callable[[Any], bool], one_particle: bool
-) -> None:
-    """Under path gradients a ``Delta`` must carry no parameters of its own.
-
-    Its value has no density whose path derivative could be taken; what it carries over from an
-    auxiliary value is scored there.
-    """
-    for term in terms:
-        if term.sign > 0 or term.site["is_observed"] or _name(term.site["fn"]) != "Delta":
-            continue
-        delta = term.site["fn"]
-        while not hasattr(delta, "log_density"):
-            delta = delta.base_dist
-        if depends(delta.log_density) or (not one_particle and depends(delta.v)):
-            raise ValueError(
-                "Expected every parameter of the guide in the density of a drawn site under path "
-                f"gradients; got site '{term.name}', a Delta that applies parameters to a drawn "
-                "value. Use gradient='reparam'."
-            )
-
-
 def check_data(model_sites: Mapping[str, Any]) -> None:
     for name, site in model_sites.items():
         value = site["value"]
@@ -237,7 +238,8 @@ def check_data(model_sites: Mapping[str, Any]) -> None:
         if not value.is_floating_point():
             if not site["fn"].support.is_discrete:
                 raise TypeError(
-                    f"Expected floating-point data at site '{name}' ({_name(site['fn'])}); got "
+                    f"Expected floating-point data at site '{name}' "
+                    f"({distribution_name(site['fn'])}); got "
                     f"{str(value.dtype).removeprefix('torch.')}. Cast the data to float."
                 )
         elif is_validation_enabled():

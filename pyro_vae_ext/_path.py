@@ -1,11 +1,11 @@
 r"""Path derivatives of log-weights: the direct derivative of the guide in its parameters left out.
 
-Every latent value :math:`z` passes a *cut*, an
-identity that blocks gradients while :math:`u = \partial \log q / \partial z` is computed from
-the guide's own graph; afterwards :math:`\log q` is replaced by the constant
-:math:`\overline{\log q}` plus :math:`\bar u^\top (z - \bar z)`. No second pass of the guide is
-needed and every host distribution and any hierarchy of sites works. The model sees the values
-through a *weigh*, an identity that multiplies gradients by numbers which the objective supplies.
+Every scored latent value :math:`z` passes a *cut*, an identity that blocks gradients while
+:math:`u = \partial \log q / \partial z` is computed from the guide's own graph; afterwards
+:math:`\log q` is replaced by the constant :math:`\overline{\log q}` plus
+:math:`\bar u^\top (z - \bar z)`. No second pass of the guide is needed and every host distribution
+and any hierarchy of sites works. The model sees the values through a *weigh*, an identity that
+multiplies gradients by numbers which the objective supplies.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.distributions as dist
 import torch
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
+
+from pyro_vae_ext._checks import distribution_name
 
 
 @dataclass
@@ -59,38 +63,70 @@ class Weigh(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """The gradient, as the state says."""
         weights = ctx.path.weights
+        if not ctx.path.open:
+            return None, None, None
         if weights is not None:
             gradient = gradient * weights.reshape(weights.shape + (1,) * ctx.event_dim)
         return gradient, None, None
 
 
-def depends_on_parameters(tensor: Any) -> bool:
-    """Whether a tensor depends on parameters otherwise than through cut values."""
-    seen = set()
-    nodes = [tensor.grad_fn] if isinstance(tensor, Tensor) else []
-    if isinstance(tensor, Tensor) and tensor.requires_grad and tensor.grad_fn is None:
-        return True
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen or node.name() == "CutBackward":
-            continue
-        if hasattr(node, "variable"):
-            return True
-        seen.add(node)
-        nodes += [parent for parent, _ in node.next_functions]
-    return False
+def is_scored(site: Any) -> bool:
+    """Whether a site of a guide is latent and has a density whose own score is left out."""
+    if site["is_observed"] or site["mask"] is False:
+        return False
+    return distribution_name(site["fn"]) != "Delta"
 
 
-def take_path_derivatives(terms: Sequence[Any], values: dict[str, Any], path: Path) -> None:
-    """Replace the guide's log-densities by their path derivatives, in place."""
-    sampled = [t for t in terms if t.sign < 0 and not t.site["is_observed"]]
-    latent = [term for term in sampled if term.site["value"].requires_grad]
+def carried_score(terms: Sequence[Any]) -> tuple[str, Tensor, Tensor] | None:
+    """The only scored site with its log-density and score, where its distribution carries them.
+
+    With one scored site no other cut lies between its score and its value, so that the numbers
+    need no graph: those of our families are at hand or come from the noise.
+    """
+    scored = [term for term in terms if term.sign < 0 and is_scored(term.site)]
+    if len(scored) != 1 or scored[0].site["mask"] is not None:
+        return None
+    site = scored[0].site
+    base = site["fn"]
+    while isinstance(base, dist.Independent):
+        base = base.base_dist
+    carried = base.carried_score() if hasattr(base, "carried_score") else None
+    if carried is None:
+        return None
+    log_prob, score = carried
+    extra = log_prob.dim() + site["fn"].event_dim - score.dim()
+    return scored[0].name, sum_rightmost(log_prob, extra), score
+
+
+def take_path_derivatives(
+    terms: Sequence[Any],
+    values: dict[str, Any],
+    path: Path,
+    carried: tuple[str, Tensor, Tensor] | None,
+    scaled: bool,
+) -> None:
+    """Replace the guide's log-densities by their path derivatives, in place.
+
+    Sites that are not scored (factors such as a reverse model, a ``Delta`` that carries a drawn
+    value over) have no score to leave out. They belong to the weight like the model, and all
+    their derivatives are kept. Where gradients are weighed, what flows through such sites to the
+    cut values is exchanged for its weighed flow.
+
+    Args:
+        terms: All sites, with their log-densities.
+        values: Latent values that the model was run at.
+        path: State of the run.
+        carried: Result of :func:`carried_score`.
+        scaled: Whether the log-densities are scaled.
+    """
+    scored = [term for term in terms if term.sign < 0 and is_scored(term.site)]
+    latent = [term for term in scored if term.site["value"].requires_grad]
     if not latent:
         return
     cuts = [term.site["value"] for term in latent]
 
-    def partials(group: list[Any]) -> list[Tensor | None]:
-        total = sum(term.log_prob.sum() for term in group)
+    def partials(group: Sequence[Any]) -> list[Tensor | None]:
+        total = sum(term.log_prob.sum() * term.sign for term in group)
         if not (isinstance(total, Tensor) and total.requires_grad):
             return [None] * len(cuts)
         path.open = False
@@ -106,17 +142,26 @@ def take_path_derivatives(terms: Sequence[Any], values: dict[str, Any], path: Pa
         product = partial * (values[term.name] - origin)
         return product.sum(event) if event else product
 
-    scores = partials(sampled)
-    # Factors of the guide (reverse models) belong to the weight like the model: their parameters
-    # keep their gradient. Their graph hangs on the cut values, so what flows on to the samples
-    # is exchanged for the weighed flow.
-    factors = [t for t in terms if t.sign < 0 and t.site["is_observed"]]
-    factor_scores = partials(factors) if factors and path.weigh else [None] * len(cuts)
-    for term in sampled:
+    if carried is None:
+        scores = partials(scored)
+    else:
+        scale = scored[0].site["scale"] if scaled else 1.0
+        if isinstance(scale, Tensor):
+            scale = scale.reshape(scale.shape + (1,) * scored[0].site["fn"].event_dim)
+        scores = [-scale * carried[2]]
+    rest: list[Tensor | None] = [None] * len(cuts)
+    if path.weigh:
+        kept = [term for term in terms if term.sign < 0 and not is_scored(term.site)]
+        if any(not term.site["is_observed"] for term in kept):
+            # The model sees a value that is not weighed: a look through the model as well.
+            kept += [term for term in terms if term.sign > 0]
+        rest = partials(kept)
+    for term in scored:
         term.log_prob = term.log_prob.detach()
-    for term, cut, score, factor in zip(latent, cuts, scores, factor_scores, strict=True):
+    for term, cut, score, other in zip(latent, cuts, scores, rest, strict=True):
+        # The partials carry the sign of their terms in the weight, the log-density its own.
         term.log_prob = (
             term.log_prob
-            + linear(term, score, values[term.name].detach())
-            + linear(term, factor, cut)
+            - linear(term, score, values[term.name].detach())
+            - linear(term, other, cut)
         )

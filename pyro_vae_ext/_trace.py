@@ -149,7 +149,7 @@ class _Record(Messenger):
             return
         if name in self.sites:
             raise ValueError(f"Expected one site of each name; got '{name}' twice.")
-        if self.path is not None and not msg["is_observed"]:
+        if self.path is not None and _path.is_scored(msg):
             msg["value"] = _path.Cut.apply(msg["value"], self.path)
             base = msg["fn"]
             while hasattr(base, "base_dist"):
@@ -179,7 +179,7 @@ def _run_pair(
     values = {name: site["value"] for name, site in guide_sites.items() if not site["is_observed"]}
     if path is not None and path.weigh:
         for name, value in values.items():
-            if value.requires_grad:
+            if value.requires_grad and _path.is_scored(guide_sites[name]):
                 event_dim = guide_sites[name]["fn"].event_dim
                 values[name] = _path.Weigh.apply(value, path, event_dim)
     with _Record({**subsamples, **values}, particles=particles) as model_record:
@@ -203,10 +203,7 @@ def plate_nesting(model: Program, guide: Program, args: tuple, kwargs: dict) -> 
         # With particles an undeclared dimension could pass for theirs.
         _checks.check_shape(name, site, site["fn"].batch_shape)
     dims = [
-        frame.dim
-        for _, site in sites
-        for frame in site["cond_indep_stack"]
-        if frame.vectorized
+        frame.dim for _, site in sites for frame in site["cond_indep_stack"] if frame.vectorized
     ]
     return -min(dims, default=0)
 
@@ -252,11 +249,15 @@ def run(
     plates: list[tuple[str, int]] = []
     scale: float | Tensor = 1.0
     if not joint:
-        _checks.check_density(model_sites, guide_sites)
         plates = _checks.common_plates(terms)
         scale = _checks.common_scale(terms)
+        _checks.check_density(model_sites, guide_sites)
+    carried = None if path is None else _path.carried_score(terms)
     for term in terms:
-        term.log_prob = _log_prob(term, path)
+        if carried is not None and carried[0] == term.name and term.sign < 0:
+            term.log_prob = carried[1]
+        else:
+            term.log_prob = _log_prob(term, path)
         _checks.check_shape(term.name, term.site, term.log_prob.shape)
         factor = term.site["scale"] if joint else 1.0
         if isinstance(factor, Tensor) or factor != 1.0 or term.site["mask"] is not None:
@@ -264,8 +265,7 @@ def run(
     if not joint:
         _checks.check_rows(terms, plates)
     if path is not None:
-        _checks.check_deltas(terms, _path.depends_on_parameters, joint)
-        _path.take_path_derivatives(terms, values, path)
+        _path.take_path_derivatives(terms, values, path, carried, joint)
 
     keep = {dim for _, dim in plates} | ({particle_dim} if particle_dim is not None else set())
     total: Tensor | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from pyro_vae_ext import _trace
 from pyro_vae_ext._checks import positive_int
 
 
-class ActiveUnits(NamedTuple):
+@dataclass(frozen=True)
+class ActiveUnits:
     """Result of :func:`active_units`.
 
     Attributes:

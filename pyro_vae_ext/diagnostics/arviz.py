@@ -112,7 +112,7 @@ def to_arviz(
         events = variable.value.dim() - leading - len(variable.plates)
         names[name] = [*variable.plates, *(f"{name}_dim_{i}" for i in range(events))]
 
-    groups: dict[str, dict[str, np.ndarray]] = {"posterior": {}, "sample_stats": {}}
+    groups: dict[str, Any] = {"posterior": {}, "sample_stats": {}}
     for name, variable in draws[0].latent.items():
         label(name, variable, 1)
         groups["posterior"][name] = chains([draw.latent[name].value for draw in draws])
@@ -129,6 +129,6 @@ def to_arviz(
         groups["observed_data"][name] = variable.value.cpu().numpy()
     if dims is not None:
         names.update({name: list(value) for name, value in dims.items()})
-    if hasattr(arviz, "InferenceData"):
+    if int(arviz.__version__.split(".")[0]) < 1:
         return arviz.from_dict(**groups, dims=names, coords=coords)
     return arviz.from_dict(groups, dims=names, coords=coords)

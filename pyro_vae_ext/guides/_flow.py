@@ -82,6 +82,13 @@ class FlowDistribution(TorchDistribution):
                 return self.implicit_log_prob(value, self._sample[1])
         return self.implicit_log_prob(value, self.transform.inverse(value.detach()))
 
+    def carried_score(self) -> tuple[Tensor, Tensor] | None:
+        """Log-density of the last sample and its derivative in the value; constants."""
+        if self._sample is None:
+            return None
+        _, noise, log_density = self._sample
+        return log_density.detach(), self.transform.score(noise)
+
     def implicit_log_prob(self, value: Tensor, noise: Tensor) -> Tensor:
         """Log-density at ``value``, whose noise is known, with exact partial derivatives.
 

@@ -63,3 +63,12 @@ class CarryingNormal(dist.Normal):
         else:
             noise = (value - loc) / scale
         return noise.square() * -0.5 - 0.5 * math.log(2.0 * math.pi) - log_scale
+
+    def carried_score(self) -> tuple[Tensor, Tensor] | None:
+        """Log-density of the last sample and its derivative in the value; constants."""
+        if self._sample is None:
+            return None
+        _, scale, log_scale = self._narrow
+        noise = self._sample[1]
+        density = noise.square() * -0.5 - 0.5 * math.log(2.0 * math.pi) - log_scale.detach()
+        return density, -noise / scale.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -64,6 +65,8 @@ class IAF(GuideFamily):
         >>> posterior("z", torch.zeros(7, 5)).shape
         torch.Size([7, 3])
     """
+
+    nets: Any  # an nn.ModuleList, whose members are typed as modules of any kind
 
     def __init__(
         self,

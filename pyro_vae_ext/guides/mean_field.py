@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -40,6 +41,10 @@ class MeanField(GuideFamily):
         torch.Size([7, 2])
     """
 
+    # Heads on the context, or free parameters without one.
+    loc: Any
+    log_scale: Any
+
     def __init__(
         self,
         latent_dim: int,
@@ -65,8 +70,7 @@ class MeanField(GuideFamily):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         with torch.no_grad():
-            # Small heads start the posterior near the standard Normal.
-            self.loc.weight.mul_(0.1)
+            # Scales near 1 at the start, whatever the context.
             self.log_scale.weight.mul_(0.1)
 
     def loc_and_log_scale(self, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ the features that precede :math:`i` in the chosen order, and on the context.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,13 +57,14 @@ class MaskedLinear(nn.Linear):
         nn.init.xavier_uniform_(self.weight)
         nn.init.zeros_(self.bias)
 
+    @property
     def masked_weight(self) -> Tensor:
         """The weight that is in effect, of shape ``(out_features, in_features)``."""
         return self.weight * self.mask
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x`` of shape ``(*batch, in_features)``."""
-        return nn.functional.linear(x, self.masked_weight(), self.bias)
+        return nn.functional.linear(x, self.masked_weight, self.bias)
 
 
 class MaskedMLP(nn.Module):
@@ -99,6 +101,8 @@ class MaskedMLP(nn.Module):
         >>> net(torch.zeros(5, 3), torch.zeros(5, 4)).shape
         torch.Size([5, 2, 3])
     """
+
+    layers: Any  # an nn.ModuleList, whose members are typed as modules of any kind
 
     def __init__(
         self,
@@ -167,9 +171,9 @@ class MaskedMLP(nn.Module):
         """
         activate, derivative = ACTIVATIONS[self.activation]
         hidden = self._first(z, context)
-        jacobian = self.layers[0].masked_weight()
+        jacobian = self.layers[0].masked_weight
         for layer in self.layers[1:]:
-            jacobian = layer.masked_weight() @ (derivative(hidden).unsqueeze(-1) * jacobian)
+            jacobian = layer.masked_weight @ (derivative(hidden).unsqueeze(-1) * jacobian)
             hidden = layer(activate(hidden))
         shape = (self.num_outputs, self.features)
         return hidden.unflatten(-1, shape), jacobian.unflatten(-2, shape)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
 def torch_defaults(dtype: str, device: str) -> Iterator[None]:
+    # Here, not above: pytest loads this file also where torch is not installed.
+    import torch
+
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     # The default device costs a look at every operation: only where it differs.

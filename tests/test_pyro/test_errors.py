@@ -303,6 +303,29 @@ def test_joint_guide_over_a_data_plate(elbo: ImportanceWeightedELBO) -> None:
     fails(elbo, ValueError, text, model(), broadcast)
 
 
+@pytest.mark.parametrize("elbo", ELBOS)
+def test_guide_that_draws_all_rows_at_once(elbo: ImportanceWeightedELBO) -> None:
+    """Its one log-density would stand against those of all rows."""
+
+    def model() -> None:
+        with pyro.plate("data", 5):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+
+    text = "Expected one log-density per row of plate 'data' at site 'z'; got a log-density of"
+    fails(elbo, ValueError, text, model, guide)
+
+    def shorter() -> None:
+        with pyro.plate("data", 5):
+            pyro.sample("z", dist.Normal(torch.zeros(5, 2), 1.0).to_event(1))
+
+    fails(
+        elbo, ValueError, "Expected the same shape at site 'z' in model and guide", model, shorter
+    )
+
+
 @pytest.mark.parametrize("num_particles", [1, 2, 3])
 def test_undeclared_batch_dimension(num_particles: int) -> None:
     """Also where it is as large as the number of particles, and could pass for theirs."""
