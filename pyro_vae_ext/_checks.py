@@ -138,19 +138,20 @@ def check_shape(name: str, site: Any, shape: Sequence[int]) -> None:
 
 def _check_events(name: str, asked: Any, given: Any) -> None:
     """A site must have the same event in both programs; a joint draw of all rows has another."""
+    if given["fn"].event_shape == asked["fn"].event_shape:
+        return
     wide, narrow = given["fn"].event_dim, asked["fn"].event_dim
     if wide > narrow:
         inside = {frame.name for frame in _frames(given)}
         for frame in _frames(asked):
             if frame.name not in inside:
                 raise _no_rows(name, frame, given["fn"].batch_shape)
-    if given["fn"].event_shape != asked["fn"].event_shape:
-        raise ValueError(
-            f"Expected the same shape at site '{name}' in model and guide; got "
-            f"{tuple(asked['fn'].shape())} with event_dim={narrow} in the model and "
-            f"{tuple(given['fn'].shape())} with event_dim={wide} in the guide. Use .to_event or "
-            "the same plates."
-        )
+    raise ValueError(
+        f"Expected the same shape at site '{name}' in model and guide; got "
+        f"{tuple(asked['fn'].shape())} with event_dim={narrow} in the model and "
+        f"{tuple(given['fn'].shape())} with event_dim={wide} in the guide. Use .to_event or the "
+        "same plates."
+    )
 
 
 def _no_rows(name: str, frame: Any, shape: Sequence[int]) -> ValueError:

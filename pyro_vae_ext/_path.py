@@ -32,42 +32,43 @@ class Path:
 
     weigh: bool = False
     open: bool = True
+    first: bool = True
     weights: Tensor | None = None
 
 
-class Cut(torch.autograd.Function):
-    """Identity that lets gradients pass while ``path.open``."""
-
+class _Cut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, path: Path) -> Tensor:
-        """The value itself."""
         ctx.path = path
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        """The gradient, as the state says."""
         return (gradient if ctx.path.open else None), None
 
 
-class Weigh(torch.autograd.Function):
-    """Identity that multiplies gradients by ``path.weights``."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, path: Path, event_dim: int) -> Tensor:
-        """The value itself."""
-        ctx.path, ctx.event_dim = path, event_dim
+def cut(value: Tensor, path: Path) -> Tensor:
+    """The same value; its gradients pass while ``path.open``."""
+    if path.first:
+        # No scored value lies behind the first one: its gradients need never be held up.
+        path.first = False
         return value.view_as(value)
+    return _Cut.apply(value, path)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        """The gradient, as the state says."""
-        weights = ctx.path.weights
-        if not ctx.path.open:
-            return None, None, None
-        if weights is not None:
-            gradient = gradient * weights.reshape(weights.shape + (1,) * ctx.event_dim)
-        return gradient, None, None
+
+def weigh(value: Tensor, path: Path, event_dim: int) -> Tensor:
+    """The same value; its gradients are multiplied by ``path.weights``."""
+
+    def multiply(gradient: Tensor) -> Tensor:
+        if not path.open:
+            return torch.zeros_like(gradient)
+        if path.weights is None:
+            return gradient
+        return gradient * path.weights.reshape(path.weights.shape + (1,) * event_dim)
+
+    alias = value.view_as(value)
+    alias.register_hook(multiply)
+    return alias
 
 
 def is_scored(site: Any) -> bool:
@@ -123,15 +124,15 @@ def take_path_derivatives(
     latent = [term for term in scored if term.site["value"].requires_grad]
     if not latent:
         return
-    cuts = [term.site["value"] for term in latent]
+    aliases = [term.site["value"] for term in latent]
 
     def partials(group: Sequence[Any]) -> list[Tensor | None]:
-        total = sum(term.log_prob.sum() * term.sign for term in group)
+        total = -sum(term.log_prob.sum() * term.sign for term in group)
         if not (isinstance(total, Tensor) and total.requires_grad):
-            return [None] * len(cuts)
+            return [None] * len(aliases)
         path.open = False
         try:
-            return list(torch.autograd.grad(total, cuts, retain_graph=True, allow_unused=True))
+            return list(torch.autograd.grad(total, aliases, retain_graph=True, allow_unused=True))
         finally:
             path.open = True
 
@@ -148,8 +149,8 @@ def take_path_derivatives(
         scale = scored[0].site["scale"] if scaled else 1.0
         if isinstance(scale, Tensor):
             scale = scale.reshape(scale.shape + (1,) * scored[0].site["fn"].event_dim)
-        scores = [-scale * carried[2]]
-    rest: list[Tensor | None] = [None] * len(cuts)
+        scores = [carried[2] if isinstance(scale, float) and scale == 1.0 else scale * carried[2]]
+    rest: list[Tensor | None] = [None] * len(aliases)
     if path.weigh:
         kept = [term for term in terms if term.sign < 0 and not is_scored(term.site)]
         if any(not term.site["is_observed"] for term in kept):
@@ -158,10 +159,7 @@ def take_path_derivatives(
         rest = partials(kept)
     for term in scored:
         term.log_prob = term.log_prob.detach()
-    for term, cut, score, other in zip(latent, cuts, scores, rest, strict=True):
-        # The partials carry the sign of their terms in the weight, the log-density its own.
-        term.log_prob = (
-            term.log_prob
-            - linear(term, score, values[term.name].detach())
-            - linear(term, other, cut)
-        )
+    for term, alias, score, other in zip(latent, aliases, scores, rest, strict=True):
+        term.log_prob = term.log_prob + linear(term, score, values[term.name].detach())
+        if other is not None:
+            term.log_prob = term.log_prob + linear(term, other, alias)

@@ -150,7 +150,7 @@ class _Record(Messenger):
         if name in self.sites:
             raise ValueError(f"Expected one site of each name; got '{name}' twice.")
         if self.path is not None and _path.is_scored(msg):
-            msg["value"] = _path.Cut.apply(msg["value"], self.path)
+            msg["value"] = _path.cut(msg["value"], self.path)
             base = msg["fn"]
             while hasattr(base, "base_dist"):
                 base = base.base_dist
@@ -181,7 +181,7 @@ def _run_pair(
         for name, value in values.items():
             if value.requires_grad and _path.is_scored(guide_sites[name]):
                 event_dim = guide_sites[name]["fn"].event_dim
-                values[name] = _path.Weigh.apply(value, path, event_dim)
+                values[name] = _path.weigh(value, path, event_dim)
     with _Record({**subsamples, **values}, particles=particles) as model_record:
         model(*args, **kwargs)
     return model_record.sites, guide_sites, values
@@ -268,15 +268,7 @@ def run(
         _path.take_path_derivatives(terms, values, path, carried, joint)
 
     keep = {dim for _, dim in plates} | ({particle_dim} if particle_dim is not None else set())
-    total: Tensor | None = None
-    for term in terms:
-        reduced = _reduce(term.log_prob, keep)
-        if total is None:
-            total = reduced if term.sign > 0 else -reduced
-        else:
-            total = total + reduced if term.sign > 0 else total - reduced
-    if total is None:
-        raise ValueError("Expected a model with at least one sample site; got none.")
+    total = _total(terms, keep)
     for dim in keep:
         # Sites that are all masked out have no dimensions of their own.
         if total.dim() < -dim:
@@ -352,11 +344,28 @@ def _variable(site: Any, particle_dim: int | None) -> Variable:
     return Variable(value.reshape(*shape, *event), tuple(frame.name for frame in frames))
 
 
+def _total(terms: list[_Term], keep: set[int]) -> Tensor:
+    """Signed sum of all log-densities over all dimensions but ``keep``; a scalar if it is empty."""
+    if not terms:
+        raise ValueError("Expected a model with at least one sample site; got none.")
+    # Terms of one shape are added before they are reduced.
+    sums: dict[torch.Size, Tensor] = {}
+    for term in terms:
+        value = _reduce(term.log_prob, keep)
+        if value.shape in sums:
+            before = sums[value.shape]
+            sums[value.shape] = before + value if term.sign > 0 else before - value
+        else:
+            sums[value.shape] = value if term.sign > 0 else -value
+    total, *others = [value if keep else value.sum() for value in sums.values()]
+    for other in others:
+        total = total + other
+    return total
+
+
 def _reduce(log_prob: Tensor, keep: set[int]) -> Tensor:
-    if not keep:
-        return log_prob.sum()
     dims = [dim for dim in range(-log_prob.dim(), 0) if dim not in keep]
-    return log_prob.sum(dims, keepdim=True) if dims else log_prob
+    return log_prob.sum(dims, keepdim=True) if keep and dims else log_prob
 
 
 def _log_prob(term: _Term, path: _path.Path | None) -> Tensor:

@@ -40,9 +40,7 @@ def as_torch(value: np.ndarray | None) -> torch.Tensor | None:
 
 
 @pytest.mark.parametrize(("name", "case"), MEMBERS)
-def test_samples_and_log_densities(
-    monkeypatch: pytest.MonkeyPatch, name: str, case: dict
-) -> None:
+def test_samples_and_log_densities(monkeypatch: pytest.MonkeyPatch, name: str, case: dict) -> None:
     ours, theirs = families(name, **case)
     context = context_of(case)
     noise = np.random.default_rng(0).standard_normal((3, ROWS, case["latent_dim"]))
