@@ -1,0 +1,27 @@
+"""Default dtype and device of the NumPyro tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def jax_defaults(dtype: str, device: str) -> Iterator[None]:
+    # Here, not above: pytest loads this file also where JAX is not installed.
+    import jax
+
+    before = jax.config.jax_enable_x64, jax.config.jax_default_device
+    jax.config.update("jax_enable_x64", dtype == "float64")
+    jax.config.update("jax_default_device", jax.devices(device)[0])
+    yield
+    jax.config.update("jax_enable_x64", before[0])
+    jax.config.update("jax_default_device", before[1])
+
+
+@pytest.fixture
+def exact(dtype: str) -> None:
+    """For tests whose tolerance is that of float64."""
+    if dtype != "float64":
+        pytest.skip("exact to float64 only")

@@ -1,0 +1,241 @@
+"""The contract of a guide family, over every registered member."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from cases import CASES
+from flax import nnx
+from numpyro.contrib.module import nnx_module
+from numpyro.handlers import mask, seed, trace
+from reference import complex_step, conjugate, iaf, mean_field
+from test_numpyro import models
+from test_numpyro.models import family, module_params, named, normal, shaken, z_score
+
+from numpyro_vae_ext.elbos import ImportanceWeightedELBO
+
+MEMBERS = [
+    pytest.param(name, case, id=f"{name}-{i}")
+    for name, cases in CASES["guides"].items()
+    for i, case in enumerate(cases)
+]
+IAFS = [member for member in MEMBERS if member.values[0] == "IAF"]
+ROWS = 5
+
+
+def build(name: str, case: dict) -> tuple[nnx.Module, jax.Array | None]:
+    posterior = shaken(family(name, **case))
+    width = case["context_dim"]
+    return posterior, None if width is None else normal(ROWS, width, seed=1)
+
+
+def drawn(posterior: nnx.Module, context: jax.Array | None, seed: int = 0):
+    """A batch of samples, what they carry, and their distribution."""
+    law = posterior.distribution(context).expand((ROWS,))
+    return (*law.sample_with_intermediates(jax.random.key(seed)), law)
+
+
+def reference_log_prob(name: str, case: dict, weights: dict, value, context):
+    if name == "MeanField":
+        heads = mean_field.heads(weights, context, case.get("activation", "elu"))
+        return mean_field.log_prob(value, *heads)
+    options = {k: case[k] for k in ("update", "activation") if k in case}
+    return iaf.log_prob(value, weights, context, **options)
+
+
+@pytest.mark.parametrize(("name", "case"), MEMBERS)
+def test_near_the_standard_normal(name: str, case: dict) -> None:
+    """A new family is near the identity, whatever comes in."""
+    _, context = build(name, case)
+    value, _, law = drawn(family(name, **case), context)
+    standard = dist.Normal(0.0, 1.0).log_prob(value).sum(-1)
+    assert np.abs(law.log_prob(value) - standard).max() < 1.5
+
+
+@pytest.mark.parametrize("plates", [(), (ROWS,), (3, ROWS)])
+@pytest.mark.parametrize(("name", "case"), MEMBERS)
+def test_shapes_in_plates(name: str, case: dict, plates: tuple[int, ...]) -> None:
+    posterior, context = build(name, case)
+    if context is not None and not plates:
+        context = context[0]
+    with seed(rng_seed=0), trace() as sites, numpyro.plate_stack("rows", list(plates)):
+        value = nnx_module("posterior", posterior)("z", context)
+    assert value.shape == (*plates, case["latent_dim"])
+    site = sites["z"]
+    assert site["fn"].log_prob(value, site["intermediates"]).shape == plates
+    assert site["fn"].event_dim == 1 and site["fn"].has_rsample
+    assert [k for k, s in sites.items() if s["type"] == "mutable"] == []
+
+
+@pytest.mark.parametrize("batch", [(), (2, 3, ROWS)])
+@pytest.mark.parametrize(("name", "case"), MEMBERS)
+def test_any_left_batch(name: str, case: dict, batch: tuple[int, ...]) -> None:
+    """Particles are dimensions on the left: rows do not mix, and the context may lack them."""
+    posterior, _ = build(name, case)
+    context = None if case["context_dim"] is None else normal(*batch[1:], case["context_dim"])
+    law = posterior.distribution(context).expand(batch)
+    value, carried = law.sample_with_intermediates(jax.random.key(0), (4,))
+    assert value.shape == (4, *batch, case["latent_dim"])
+    log_prob = law.log_prob(value, carried)
+    if name == "MeanField":
+        assert law.base_dist.log_prob(value, carried).shape == value.shape
+    assert log_prob.shape == (4, *batch)
+    one = posterior.log_prob(value[2], context)
+    np.testing.assert_allclose(log_prob[2], one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "case"), MEMBERS)
+def test_density_is_the_reference(exact: None, name: str, case: dict) -> None:
+    posterior, context = build(name, case)
+    value, carried, law = drawn(posterior, context)
+    numpy_context = None if context is None else np.asarray(context)
+    expected = reference_log_prob(name, case, named(posterior), np.asarray(value), numpy_context)
+    np.testing.assert_allclose(law.log_prob(value, carried), expected, rtol=1e-10)
+    foreign = np.asarray(value) + 0.7
+    expected = reference_log_prob(name, case, named(posterior), foreign, numpy_context)
+    np.testing.assert_allclose(posterior.log_prob(foreign, context), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "case"), MEMBERS)
+def test_density_is_the_change_of_variables(exact: None, name: str, case: dict) -> None:
+    posterior, context = build(name, case)
+    _, carried, law = drawn(posterior, context)
+
+    def sample(noise: jax.Array, context: jax.Array | None) -> jax.Array:
+        if name == "MeanField":
+            loc, log_scale = posterior.loc_and_log_scale(context)
+            return loc + jnp.exp(log_scale) * noise
+        return posterior.distribution(context).transform.forward(noise)[0]
+
+    axes = (0, None if context is None else 0)
+    value = jax.vmap(sample, axes)(carried.noise, context)
+    jacobian = jax.vmap(jax.jacfwd(sample), axes)(carried.noise, context)
+    expected = dist.Normal(0.0, 1.0).log_prob(carried.noise).sum(-1)
+    expected = expected - jnp.linalg.slogdet(jacobian)[1]
+    np.testing.assert_allclose(law.log_prob(value, carried), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("how", ["inverted", "path"])
+@pytest.mark.parametrize(("name", "case"), MEMBERS)
+def test_density_at_a_fixed_value_has_exact_derivatives(
+    exact: None, name: str, case: dict, how: str
+) -> None:
+    """In the value, the context and every parameter, against the reference's complex step."""
+    posterior, context = build(name, case)
+    value, carried, _ = drawn(posterior, context)
+
+    def log_prob(posterior: nnx.Module, value: jax.Array, context: jax.Array | None) -> jax.Array:
+        law = posterior.distribution(context).expand((ROWS,))
+        return law.log_prob(value, *([carried.path()] if how == "path" else [])).sum()
+
+    argnums = (0, 1) if context is None else (0, 1, 2)
+    found = jax.jit(jax.grad(log_prob, argnums))(posterior, value, context)
+    given = {**named(posterior), "value": np.asarray(value)}
+    if context is not None:
+        given["context"] = np.asarray(context)
+
+    def reference(given: dict) -> complex:
+        arrays = (given["value"], given.get("context"))
+        return reference_log_prob(name, case, given, *arrays).sum()
+
+    expected = complex_step.gradient(reference, given)
+    got = {**named(found[0]), "value": found[1]}
+    if context is not None:
+        got["context"] = found[2]
+    assert got.keys() == expected.keys()
+    for key, gradient in got.items():
+        np.testing.assert_allclose(gradient, expected[key], rtol=1e-9, atol=1e-9, err_msg=key)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(("name", "case"), MEMBERS)
+def test_a_gradient_reaches_every_parameter(name: str, case: dict, kept: bool) -> None:
+    posterior, context = build(name, case)
+
+    def objective(posterior: nnx.Module, context: jax.Array | None) -> jax.Array:
+        law = posterior.distribution(context).expand((ROWS,))
+        value, carried = law.sample_with_intermediates(jax.random.key(0))
+        log_prob = law.log_prob(value, carried) if kept else law.log_prob(jnp.ones_like(value))
+        return (log_prob + (value**2).sum(-1) * kept).sum()
+
+    gradient = named(jax.grad(objective)(posterior, context))
+    # With one feature the masked nets see no z: their first weights have nothing to do.
+    idle = {f"nets.{t}.layers.0.weight" for t in range(9)} if case["latent_dim"] == 1 else set()
+    assert {k for k, v in gradient.items() if not v.any()} == idle & set(gradient)
+    if context is not None:
+        reached = np.asarray(jax.grad(objective, 1)(posterior, context))
+        assert reached.any(-1).all()
+
+
+@pytest.mark.parametrize("dtype_name", ["float32", "float64"])
+@pytest.mark.parametrize(("name", "case"), MEMBERS)
+def test_dtypes(exact: None, name: str, case: dict, dtype_name: str) -> None:
+    posterior, context = build(name, {**case, "param_dtype": jnp.dtype(dtype_name)})
+    context = None if context is None else context.astype(dtype_name)
+    value, carried, law = drawn(posterior, context)
+    arrays = (value, law.log_prob(value, carried), law.log_prob(value), *jax.tree.leaves(posterior))
+    assert {str(x.dtype) for x in arrays} == {dtype_name}
+    assert not any(x.weak_type for x in arrays)
+    tolerance = 1e-10 if dtype_name == "float64" else 2e-4
+    np.testing.assert_allclose(arrays[1], arrays[2], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("name", "case"), MEMBERS)
+def test_save_and_load(name: str, case: dict) -> None:
+    posterior, context = build(name, case)
+    value, _, law = drawn(posterior, context)
+    saved = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(posterior)))
+    fresh = family(name, **case)
+    state = nnx.state(fresh)
+    nnx.replace_by_pure_dict(state, saved)
+    nnx.update(fresh, state)
+    np.testing.assert_array_equal(fresh.log_prob(value, context), law.log_prob(value))
+
+
+@pytest.mark.parametrize(("name", "case"), MEMBERS)
+def test_masked_rows_score_zero(name: str, case: dict) -> None:
+    posterior, context = build(name, case)
+    rows = jnp.arange(ROWS) % 2 == 0
+    with seed(rng_seed=0), trace() as sites, numpyro.plate("data", ROWS), mask(mask=rows):
+        value = posterior("z", context)
+    site = sites["z"]
+    # A flow keeps its draw under a mask: it would have to invert itself otherwise.
+    assert bool(site["intermediates"]) == (name == "IAF")
+    for carried in ([site["intermediates"]] if site["intermediates"] else []), []:
+        log_prob = site["fn"].log_prob(value, *carried)
+        expected = jnp.where(rows, posterior.log_prob(value, context), 0.0)
+        np.testing.assert_allclose(log_prob, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "case"), IAFS)
+def test_inverse_in_many_dimensions(exact: None, name: str, case: dict) -> None:
+    posterior = shaken(family(name, **{**case, "latent_dim": 20}), scale=0.1)
+    context = None if case["context_dim"] is None else normal(ROWS, case["context_dim"])
+    value, carried, law = drawn(posterior, context)
+    np.testing.assert_allclose(law.transform.inverse(value), carried.noise, atol=1e-9)
+    batched = jax.jit(jax.vmap(law.transform.inverse))(jnp.stack([value, 3 * value]))
+    np.testing.assert_allclose(batched[0], carried.noise, atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "case"), MEMBERS)
+def test_mean_weight_is_the_evidence(name: str, case: dict) -> None:
+    """E[exp(log weight)] = p(x) for any guide, per datum or jointly."""
+    width = case["latent_dim"]
+    posterior = shaken(family(name, **{**case, "context_dim": case["context_dim"] and width}), 0.1)
+    x = 0.5 * normal(2, width, seed=3)
+    if case["context_dim"] is None:
+        model, guide = models.one_latent, models.one_posterior(posterior)
+        truth = conjugate.global_log_evidence(np.asarray(x), 0.0)
+    else:
+        model, guide = models.conjugate, models.amortised(posterior)
+        truth = conjugate.log_evidence(np.asarray(x), 0.0)
+    elbo, params = ImportanceWeightedELBO(20_000), module_params(posterior=posterior)
+    weights = jax.jit(lambda key: elbo.log_weights(key, params, model, guide, x))
+    draws = np.exp(np.asarray(weights(jax.random.key(0))) - truth)
+    assert draws.shape == (20_000, *np.shape(truth))
+    assert np.abs(z_score(draws, 1.0)).max() < 4
+    assert z_score(np.log(draws), 0.0).max() < 4  # and the bound is below
