@@ -69,7 +69,7 @@ def log_evidence(
     """
     positive_int("num_samples", num_samples)
     size = min(num_samples, 100 if chunk_size is None else positive_int("chunk_size", chunk_size))
-    total: Tensor | None = None
+    parts: list[Tensor] = []
     subsamples: dict[str, Tensor] = {}
     particle_dim = -1 - _trace.plate_nesting(model, guide, args, kwargs)
     starts = range(0, num_samples, size)
@@ -84,8 +84,5 @@ def log_evidence(
                 particle_dim=particle_dim,
                 subsamples=subsamples,
             ).stacked()
-            chunk = torch.logsumexp(weights, 0)
-            total = chunk if total is None else torch.logaddexp(total, chunk)
-    if total is None:
-        raise ValueError(f"Expected num_samples >= 1; got {num_samples}.")
-    return total - math.log(num_samples)
+            parts.append(torch.logsumexp(weights, 0))
+    return torch.stack(parts).logsumexp(0) - math.log(num_samples)

@@ -1,0 +1,222 @@
+"""The contract of an objective, written once.
+
+A subclass of the host's ``ELBO``, to be passed as ``SVI(..., loss=...)``. The base turns a (model,
+guide) pair into ``log_weights`` of shape ``(num_particles, *common_plates)`` and writes the host's
+``loss`` and ``loss_with_mutable_state``; a member only says how the particles combine, by
+overriding :meth:`LogWeightELBO.bound`.
+
+A plate that encloses every latent and observed site of model and guide is *common*: there is one
+weight for each of its rows, its subsample is drawn once for all particles, and its scale is put
+back after the particles are combined. ``loss`` is minimised.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax, random
+from numpyro.infer import ELBO
+
+from numpyro_vae_ext import _trace
+from numpyro_vae_ext._checks import one_of, positive_int
+
+GRADIENTS = ("reparam", "stl", "dreg")
+
+
+@jax.custom_jvp
+def _with_derivative_of(value: jax.Array, surrogate: jax.Array) -> jax.Array:
+    return value
+
+
+@_with_derivative_of.defjvp
+def _with_derivative_of_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    return primals[0], tangents[1]
+
+
+class LogWeightELBO(ELBO, ABC):
+    """Base of the objectives that are a function of per-datum log-weights.
+
+    Args:
+        num_particles: number of particles `K`.
+        gradient: ``"reparam"``, ``"stl"`` or ``"dreg"``.
+        vectorize_particles: run the particles side by side, or one at a time.
+        chunk_size: run this many particles at a time; memory is that of one chunk, in the
+            backward pass too, where each chunk is computed again.
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        gradient: str = "reparam",
+        vectorize_particles: bool = True,
+        chunk_size: int | None = None,
+    ) -> None:
+        positive_int("num_particles", num_particles)
+        if not isinstance(vectorize_particles, bool):
+            raise TypeError(
+                "Expected vectorize_particles to be a bool; got "
+                f"{type(vectorize_particles).__name__}."
+            )
+        if chunk_size is not None and (not hasattr(chunk_size, "__index__") or chunk_size < 1):
+            raise ValueError(f"Expected chunk_size >= 1 or None; got {chunk_size}.")
+        super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
+        self.gradient = one_of("gradient", gradient, GRADIENTS)
+        self.chunk_size = chunk_size
+
+    @abstractmethod
+    def bound(self, log_weights: jax.Array) -> jax.Array:
+        """The bound of every datum, from log-weights with the particles in front."""
+
+    def log_weights(
+        self,
+        rng_key: jax.Array,
+        param_map: dict[str, Any],
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> jax.Array:
+        """The log-weights ``log p(x, z) - log q(z | x)``, unscaled.
+
+        Args:
+            rng_key: random key; the particles are those of :meth:`loss` with the same key.
+            param_map: constrained parameters (and mutable state), as ``svi.get_params`` gives.
+            model: Program of NumPyro primitives.
+            guide: Program of NumPyro primitives.
+            args: Positional arguments of both.
+            kwargs: Keyword arguments of both.
+
+        Returns:
+            Array of shape ``(num_particles, *common_plates)``. Its derivative is the
+            reparameterised one, whatever ``gradient`` is.
+        """
+        pair = _trace.Pair(model, guide, args, kwargs)
+        plate_key = _trace.shared_key(rng_key)
+        keys = self._keys(rng_key)
+        return self._map(lambda key: _trace.run(key, plate_key, param_map, pair), keys).value
+
+    def loss(
+        self,
+        rng_key: jax.Array,
+        param_map: dict[str, Any],
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> jax.Array:
+        """The negative bound, summed over the data and scaled to the full data."""
+        pair = _trace.Pair(model, guide, args, kwargs)
+        return self._loss_and_state(rng_key, param_map, pair)[0]
+
+    def loss_with_mutable_state(
+        self,
+        rng_key: jax.Array,
+        param_map: dict[str, Any],
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The loss, and the mutable state after it.
+
+        Floating-point state is averaged over the particles; other state is the first particle's.
+        """
+        pair = _trace.Pair(model, guide, args, kwargs)
+        loss, state = self._loss_and_state(rng_key, param_map, pair)
+        return {"loss": loss, "mutable_state": state or None}
+
+    def _loss_and_state(
+        self, rng_key: jax.Array, params: dict[str, Any], pair: _trace.Pair
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        plate_key = _trace.shared_key(rng_key)
+        path = self.gradient != "reparam"
+        if self.num_particles == 1:
+            # Nothing is averaged: scales and subsampled plates are as free as in the host's ELBO.
+            only = _trace.run(
+                rng_key,
+                plate_key,
+                params,
+                pair,
+                joint=True,
+                gradient=self.gradient,
+                path=path,
+            )
+            return -only.value, only.state
+
+        def run(key: jax.Array) -> _trace.LogWeights:
+            known = lax.stop_gradient(params) if self.gradient == "dreg" else params
+            return _trace.run(
+                key, plate_key, known, pair, gradient=self.gradient, path=self.gradient == "stl"
+            )
+
+        keys = self._keys(rng_key)
+        particles = self._map(run, keys)
+        log_weights, scale = particles.value, particles.scale[0]
+        loss = -jnp.sum(scale * self.bound(log_weights))
+        if self.gradient == "dreg":
+            weights = jax.nn.softmax(log_weights, axis=0)
+            surrogate = self._doubly_reparameterised(
+                keys, weights, plate_key, params, pair, particles.plates
+            )
+            loss = _with_derivative_of(loss, -jnp.sum(scale * surrogate))
+        return loss, jax.tree.map(_merged, particles.state)
+
+    def _doubly_reparameterised(
+        self,
+        keys: jax.Array,
+        weights: jax.Array,
+        plate_key: jax.Array,
+        params: dict[str, Any],
+        pair: _trace.Pair,
+        plates: _trace.Plates,
+    ) -> jax.Array:
+        def run(key: jax.Array, weight: jax.Array) -> jax.Array:
+            again = _trace.run(
+                key,
+                plate_key,
+                params,
+                pair,
+                gradient=self.gradient,
+                path=True,
+                weight=weight,
+                plates=plates,
+            )
+            return weight * again.value
+
+        return self._map(run, keys, weights)
+
+    def _keys(self, rng_key: jax.Array) -> jax.Array:
+        # One particle uses the key itself, as the host does.
+        return (
+            rng_key[None] if self.num_particles == 1 else random.split(rng_key, self.num_particles)
+        )
+
+    def _map(self, fn: Callable[..., Any], *xs: jax.Array) -> Any:
+        """``fn`` over the particles in front of ``xs``, side by side, in a loop or in chunks."""
+
+        def run(*xs: jax.Array) -> Any:
+            return jax.vmap(fn)(*xs) if self.vectorize_particles else lax.map(lambda x: fn(*x), xs)
+
+        size = self.num_particles if self.chunk_size is None else self.chunk_size
+        if size >= self.num_particles:
+            return run(*xs)
+        chunks = self.num_particles // size
+        whole = chunks * size
+        looped = jax.checkpoint(run, prevent_cse=False)
+        out = lax.map(
+            lambda x: looped(*x), tuple(x[:whole].reshape(chunks, size, *x.shape[1:]) for x in xs)
+        )
+        out = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), out)
+        if whole == self.num_particles:
+            return out
+        rest = jax.checkpoint(run)(*(x[whole:] for x in xs))
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, rest)
+
+
+def _merged(x: jax.Array) -> jax.Array:
+    return jnp.mean(x, axis=0) if jnp.issubdtype(x.dtype, jnp.floating) else x[0]

@@ -1,0 +1,120 @@
+"""The contract of a guide family.
+
+A family is an :class:`flax.nnx.Module`, built eagerly with ``rngs=`` and near the identity, and
+registered as users register their own encoders, with ``nnx_module("posterior", family)``. It is
+called as a statement inside the guide, ``z = family("z", context)``: it runs the sample statement
+in the plates that surround it and returns ``z`` of shape ``(*batch, latent_dim)``. The context has
+shape ``(*batch, context_dim)``; families built with ``context_dim=None`` are global posteriors and
+take none. All state is parameters, so a family needs no mutable site.
+
+A member overrides :meth:`GuideFamily.distribution` and nothing else.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from flax import nnx
+
+from numpyro_vae_ext._checks import is_traced, positive_int
+
+
+def param_dtype_or_default(param_dtype: Any) -> Any:
+    """``param_dtype``, or JAX's default float where it is None."""
+    return jnp.result_type(float) if param_dtype is None else param_dtype
+
+
+class GuideFamily(nnx.Module):
+    """Base of the guide families; see the module's docstring for the contract.
+
+    Attributes:
+        latent_dim: width of the latent variable.
+        context_dim: width of the context, or None for a global posterior.
+    """
+
+    def __init__(self, latent_dim: int, context_dim: int | None) -> None:
+        self.latent_dim = positive_int("latent_dim", latent_dim)
+        self.context_dim = None if context_dim is None else positive_int("context_dim", context_dim)
+
+    @abstractmethod
+    def distribution(self, context: Any = None) -> dist.Distribution:
+        """The posterior given ``context``, as a distribution over vectors.
+
+        Args:
+            context: ``(*batch, context_dim)``, or None for a family without a context.
+
+        Returns:
+            A distribution with ``batch_shape == batch`` and ``event_shape == (latent_dim,)``.
+        """
+
+    def __call__(self, name: str, context: Any = None) -> jax.Array:
+        """Sample the site ``name``; a statement for the body of a guide.
+
+        Args:
+            name: Name of the latent site.
+            context: ``(*batch, context_dim)``, or None for a family without a context.
+
+        Returns:
+            The value, of shape ``(*batch, latent_dim)``, ``batch`` widened by the plates.
+
+        Raises:
+            ValueError: If the context is missing, unexpected, of another width, or NaN.
+            TypeError: If the context is not of a floating-point type.
+        """
+        return numpyro.sample(name, self.distribution(self._checked(context, f" at site '{name}'")))
+
+    def log_prob(self, value: Any, context: Any = None) -> jax.Array:
+        r"""Log-density :math:`\log q(z \mid c)` of any ``value``, not only of the family's own.
+
+        Args:
+            value: ``(*batch, latent_dim)``.
+            context: ``(*batch, context_dim)``, or None for a family without a context.
+
+        Returns:
+            ``(*batch,)``, differentiable once in the value, the context and the parameters.
+        """
+        context = self._checked(context, " at log_prob")
+        if jnp.shape(value)[-1:] != (self.latent_dim,):
+            raise ValueError(
+                f"Expected values of width {self.latent_dim} at log_prob; "
+                f"got shape {jnp.shape(value)}."
+            )
+        return self.distribution(context).log_prob(jnp.asarray(value))
+
+    def _checked(self, context: Any, where: str) -> jax.Array | None:
+        if self.context_dim is None:
+            if context is not None:
+                shape = jnp.shape(context)
+                width = shape[-1] if shape else 1
+                raise ValueError(
+                    f"Expected no context{where}; got shape {shape}. Build the family with "
+                    f"context_dim={width} to use one."
+                )
+            return None
+        if context is None:
+            raise ValueError(
+                f"Expected a context of width {self.context_dim}{where}; got None. Pass the "
+                "encoder's output, or build the family with context_dim=None."
+            )
+        context = jnp.asarray(context)
+        if context.ndim == 0 or context.shape[-1] != self.context_dim:
+            raise ValueError(
+                f"Expected a context of width {self.context_dim}{where}; got shape {context.shape}."
+            )
+        if not jnp.issubdtype(context.dtype, jnp.floating):
+            raise TypeError(
+                f"Expected a floating-point context{where}; got {context.dtype}. Cast the data to "
+                "float before the encoder."
+            )
+        # A traced value cannot be looked at without a data-dependent branch in the step.
+        if not is_traced(context) and np.isnan(context).any():
+            raise ValueError(
+                f"Expected a context without NaN{where}; got NaN. Check the data and the encoder."
+            )
+        return context
