@@ -49,6 +49,13 @@ def vae_parser(description):
     result.add_argument(
         "--max-epochs", type=int, default=3280, help="epochs on MNIST; the schedule shrinks"
     )
+    result.add_argument("--batch-size", type=int, default=20, help="rows of a batch on MNIST")
+    result.add_argument(
+        "--schedule",
+        choices=("stages", "cosine"),
+        default="stages",
+        help="learning rate on MNIST: the paper's stages, or a half cosine for short runs",
+    )
     return result
 
 

@@ -91,7 +91,7 @@ def batches(args, images):
             yield rng.integers(num_rows, size=(min(500, num_steps - start), 50))
     else:
         for _ in range(args.max_epochs):
-            yield rng.permutation(num_rows).reshape(-1, 20)
+            yield rng.permutation(num_rows).reshape(-1, args.batch_size)
 
 
 def optimiser(args, images):
@@ -99,7 +99,10 @@ def optimiser(args, images):
     if args.dataset == "digits":
         num_steps = args.num_steps or 20_000
         return optax.adam(optax.cosine_decay_schedule(2e-3, num_steps, alpha=0.01))
-    steps = len(images.train) // 20
+    steps = len(images.train) // args.batch_size
+    if args.schedule == "cosine":
+        cosine = optax.cosine_decay_schedule(1e-3, steps * args.max_epochs, alpha=0.01)
+        return optax.adam(cosine, eps=1e-4)
     ends, rates = zip(*report.stages(args.max_epochs), strict=True)
     schedule = optax.join_schedules(
         [optax.constant_schedule(rate) for rate in rates],

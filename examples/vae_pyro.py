@@ -80,11 +80,14 @@ def batches(args, images):
     else:
         stages = report.stages(args.max_epochs)
         for epoch in range(args.max_epochs):
-            order = rng.permutation(len(rows)).reshape(-1, 20)
+            order = rng.permutation(len(rows)).reshape(-1, args.batch_size)
             for step, chosen in enumerate(order):
                 now = epoch + step / len(order)
                 rate = next((rate for end, rate in stages if now < end), stages[-1][1])
-                yield rows[chosen].float(), rate / stages[0][1]
+                factor = rate / stages[0][1]
+                if args.schedule == "cosine":
+                    factor = report.cosine(now, args.max_epochs)
+                yield rows[chosen].float(), factor
 
 
 def train(args, images, model, guide, elbo):
@@ -94,7 +97,7 @@ def train(args, images, model, guide, elbo):
     svi = SVI(model, guide, optim, elbo)
     total = args.num_steps or 20_000
     if args.dataset == "mnist":
-        total = args.max_epochs * (len(images.train) // 20)
+        total = args.max_epochs * (len(images.train) // args.batch_size)
     bar = tqdm(batches(args, images), total=total, desc=report.vae_title("pyro", args))
     bound = 0.0
     for step, (batch, factor) in enumerate(bar):

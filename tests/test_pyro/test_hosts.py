@@ -171,3 +171,26 @@ def test_one_particle_is_trace_elbo_with_autoguides(name: str, gradient: str) ->
         torch.manual_seed(0)
         values.append(float(elbo.loss_and_grads(model, guide)))
     assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_autoguide_list() -> None:
+    """Parts with a density are right together; a part that is a point mass is refused."""
+    x = torch.tensor(X)
+    evidence = oracle.hierarchical_log_evidence(x.cpu().numpy(), 0.0)
+    model = hierarchical(x)
+
+    def parts(second: type) -> autoguide.AutoGuideList:
+        guide = autoguide.AutoGuideList(model)
+        guide.append(autoguide.AutoNormal(pyro.poutine.block(model, hide=["z"])))
+        guide.append(second(pyro.poutine.block(model, hide=["t"])))
+        return guide
+
+    good = parts(autoguide.AutoMultivariateNormal)
+    for gradient in ("reparam", "dreg"):
+        train(model, good, ImportanceWeightedELBO(5, gradient=gradient))
+        with torch.no_grad():
+            weights = ImportanceWeightedELBO(8000).log_weights(model, good)
+        assert abs(standard_errors(weights.exp(), math.exp(evidence))) < 4
+    with pytest.raises(ValueError, match="point mass"):
+        ImportanceWeightedELBO(5).loss(model, parts(autoguide.AutoDelta))
