@@ -353,7 +353,7 @@ def test_dreg_has_the_mean_of_reparam() -> None:
 
 @pytest.mark.slow
 def test_signal_to_noise_slopes() -> None:
-    """METHODS' experiment: the ratio grows with K for the model, DReG and STL, not for reparam.
+    """Rainforth's experiment: the ratio grows with K for the model, DReG and STL, not for reparam.
 
     Every datum has a copy of its own of mu and of the guide's context, so that one backward pass
     gives the gradients datum by datum.
