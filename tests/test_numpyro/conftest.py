@@ -12,12 +12,15 @@ def jax_defaults(dtype: str, device: str) -> Iterator[None]:
     # Here, not above: pytest loads this file also where JAX is not installed.
     import jax
 
-    before = jax.config.jax_enable_x64, jax.config.jax_default_device
+    names = ("jax_enable_x64", "jax_default_device", "jax_disable_most_optimizations")
+    before = {name: getattr(jax.config, name) for name in names}
     jax.config.update("jax_enable_x64", dtype == "float64")
     jax.config.update("jax_default_device", jax.devices(device)[0])
+    # Small programs that run a few times: their compilation is what the tests wait for.
+    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_enable_x64", before[0])
-    jax.config.update("jax_default_device", before[1])
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture

@@ -238,6 +238,7 @@ def test_signal_to_noise_slopes(exact: None) -> None:
     Every datum has a copy of its own of mu and of the guide's location, so that one backward pass
     gives the gradients datum by datum.
     """
+    jax.config.update("jax_disable_most_optimizations", False)  # it runs longer than it compiles
     data = signal_to_noise.problem(num_data=256)
     x = jnp.asarray(data.x)
     params = {

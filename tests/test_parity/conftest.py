@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import jax
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
 def float64() -> Iterator[None]:
+    # Here, not above: this file is read even where a backend is missing and its tests are left out.
+    import jax
+    import torch
+
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     before = jax.config.jax_enable_x64
