@@ -12,8 +12,11 @@ def jax_defaults(dtype: str, device: str) -> Iterator[None]:
     # Here, not above: pytest loads this file also where JAX is not installed.
     import jax
 
-    names = ("jax_enable_x64", "jax_default_device", "jax_disable_most_optimizations")
-    before = {name: getattr(jax.config, name) for name in names}
+    before = {
+        "jax_enable_x64": jax.config.jax_enable_x64,
+        "jax_default_device": jax.config.jax_default_device,
+        "jax_disable_most_optimizations": jax.config.read("jax_disable_most_optimizations"),
+    }
     jax.config.update("jax_enable_x64", dtype == "float64")
     jax.config.update("jax_default_device", jax.devices(device)[0])
     # Small programs that run a few times: their compilation is what the tests wait for.
