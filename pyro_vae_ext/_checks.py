@@ -163,6 +163,7 @@ def _no_rows(name: str, frame: Any, shape: Sequence[int]) -> ValueError:
 
 
 def check_match(model_sites: Mapping[str, Any], guide_sites: Mapping[str, Any]) -> None:
+    """Model and guide must have the same latent sites, auxiliaries apart, of the same events."""
     for name, site in guide_sites.items():
         if site["is_observed"] or site["infer"].get("is_auxiliary", False):
             continue
@@ -195,6 +196,7 @@ def distribution_name(fn: Any) -> str:
 
 
 def check_reparameterised(guide_sites: Mapping[str, Any], gradient: str) -> None:
+    """Every latent site must have a reparameterised sampler."""
     for name, site in guide_sites.items():
         if not site["is_observed"] and not site["fn"].has_rsample:
             raise ValueError(
@@ -232,6 +234,7 @@ def check_density(model_sites: Mapping[str, Any], guide_sites: Mapping[str, Any]
 
 
 def check_data(model_sites: Mapping[str, Any]) -> None:
+    """Observed values must be floats where floats are due, and no NaN where they count."""
     for name, site in model_sites.items():
         value = site["value"]
         if not site["is_observed"] or not isinstance(value, Tensor) or value.numel() == 0:
