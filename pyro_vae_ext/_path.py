@@ -75,6 +75,11 @@ def is_scored(site: Any) -> bool:
     """Whether a site of a guide is latent and has a density whose own score is left out."""
     if site["is_observed"] or site["mask"] is False:
         return False
+    base = site["fn"]
+    while hasattr(base, "base_dist"):
+        if getattr(base, "_mask", None) is False:
+            return False
+        base = base.base_dist
     return distribution_name(site["fn"]) != "Delta"
 
 

@@ -260,6 +260,41 @@ def test_delta_with_parameters_of_its_own(monkeypatch: pytest.MonkeyPatch, gradi
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("gradient", ["stl", "dreg"])
+@pytest.mark.parametrize("by_handler", [True, False])
+def test_latent_that_is_masked_out(
+    monkeypatch: pytest.MonkeyPatch, by_handler: bool, gradient: str
+) -> None:
+    """Its density is not in the weight and has no score: its parameters keep their gradient."""
+    noise, x = torch.randn(2, K, ROWS, DIM), torch.randn(ROWS, DIM)
+    hidden, shown = (shaken(family("MeanField", latent_dim=DIM, context_dim=DIM)) for _ in "ab")
+
+    def masked(name: str, distribution: dist.TorchDistribution) -> torch.Tensor:
+        if by_handler:
+            with pyro.poutine.mask(mask=False):
+                return pyro.sample(name, distribution)
+        return pyro.sample(name, distribution.mask(False))
+
+    def model() -> None:
+        with pyro.plate("data", ROWS):
+            a = masked("a", dist.Normal(torch.zeros(DIM), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(torch.zeros(DIM), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(a + z, 1.0).to_event(1), obs=x)
+
+    def guide() -> None:
+        with pyro.plate("data", ROWS):
+            masked("a", hidden.distribution(x))
+            shown("z", x)
+
+    results = []
+    for name in ("reparam", gradient):
+        with_noise(monkeypatch, *noise)
+        loss = objective(name).differentiable_loss(model, guide)
+        results.append((loss, *torch.autograd.grad(loss, list(hidden.parameters()))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def largest(loss: torch.Tensor, parameters: list[torch.Tensor]) -> float:
     return max(g.abs().max().item() for g in torch.autograd.grad(loss, parameters))
 
