@@ -27,7 +27,7 @@ class Path:
     """State of the path derivatives of one run; the objective sets ``weights`` before backward.
 
     ``weights`` multiplies the gradient that reaches a sample from the densities, in the layout of
-    :attr:`LogWeights.layout`; None leaves it as it is.
+    :attr:`LogWeights.layout`; None leaves it as it is. ``first`` holds until a value is cut.
     """
 
     weigh: bool = False
