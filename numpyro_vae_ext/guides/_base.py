@@ -7,7 +7,9 @@ in the plates that surround it and returns ``z`` of shape ``(*batch, latent_dim)
 shape ``(*batch, context_dim)``; families built with ``context_dim=None`` are global posteriors and
 take none. All state is parameters, so a family needs no mutable site.
 
-A member overrides :meth:`GuideFamily.distribution` and nothing else.
+A family with a density of its own is a :class:`DirectFamily` and overrides
+:meth:`DirectFamily.distribution` alone. A hierarchical family writes its statement, which samples
+auxiliary sites and adds its reverse model as a factor, and estimates its density.
 """
 
 from __future__ import annotations
@@ -43,22 +45,22 @@ class GuideFamily(nnx.Module):
         self.context_dim = None if context_dim is None else positive_int("context_dim", context_dim)
 
     @abstractmethod
-    def distribution(self, context: Any = None) -> dist.Distribution:
-        """The posterior given ``context``, as a distribution over vectors.
+    def _sample(self, name: str, context: Any, infer: Any) -> jax.Array:
+        """The statement of :meth:`__call__`, the context checked."""
 
-        Args:
-            context: ``(*batch, context_dim)``, or None for a family without a context.
+    @abstractmethod
+    def _log_prob(
+        self, value: jax.Array, context: Any, num_samples: int, rng_key: jax.Array | None
+    ) -> jax.Array:
+        """The log-density of :meth:`log_prob`, the arguments checked."""
 
-        Returns:
-            A distribution with ``batch_shape == batch`` and ``event_shape == (latent_dim,)``.
-        """
-
-    def __call__(self, name: str, context: Any = None) -> jax.Array:
+    def __call__(self, name: str, context: Any = None, *, infer: Any = None) -> jax.Array:
         """Sample the site ``name``; a statement for the body of a guide.
 
         Args:
             name: Name of the latent site.
             context: ``(*batch, context_dim)``, or None for a family without a context.
+            infer: Instructions of the site, as the host's ``sample`` takes them.
 
         Returns:
             The value, of shape ``(*batch, latent_dim)``, ``batch`` widened by the plates.
@@ -67,17 +69,32 @@ class GuideFamily(nnx.Module):
             ValueError: If the context is missing, unexpected, of another width, or NaN.
             TypeError: If the context is not of a floating-point type.
         """
-        return numpyro.sample(name, self.distribution(self._checked(context, f" at site '{name}'")))
+        return self._sample(name, self._checked(context, f" at site '{name}'"), infer)
 
-    def log_prob(self, value: Any, context: Any = None) -> jax.Array:
+    def log_prob(
+        self,
+        value: Any,
+        context: Any = None,
+        *,
+        num_samples: int = 100,
+        rng_key: jax.Array | None = None,
+    ) -> jax.Array:
         r"""Log-density :math:`\log q(z \mid c)` of any ``value``, not only of the family's own.
 
         Args:
             value: ``(*batch, latent_dim)``.
             context: ``(*batch, context_dim)``, or None for a family without a context.
+            num_samples: Samples behind the estimate of a family whose density is an integral;
+                families with a density of their own give it exactly.
+            rng_key: Key of these samples; by default that of the surrounding ``seed`` handler.
 
         Returns:
             ``(*batch,)``, differentiable once in the value, the context and the parameters.
+
+        Raises:
+            ValueError: If the value or the context has another width, a number is below 1, or
+                there is no key where one is needed.
+            TypeError: If the context is not of a floating-point type.
         """
         context = self._checked(context, " at log_prob")
         if jnp.shape(value)[-1:] != (self.latent_dim,):
@@ -85,7 +102,8 @@ class GuideFamily(nnx.Module):
                 f"Expected values of width {self.latent_dim} at log_prob; "
                 f"got shape {jnp.shape(value)}."
             )
-        return self.distribution(context).log_prob(jnp.asarray(value))
+        num_samples = positive_int("num_samples", num_samples)
+        return self._log_prob(jnp.asarray(value), context, num_samples, rng_key)
 
     def _checked(self, context: Any, where: str) -> jax.Array | None:
         if self.context_dim is None:
@@ -118,3 +136,26 @@ class GuideFamily(nnx.Module):
                 f"Expected a context without NaN{where}; got NaN. Check the data and the encoder."
             )
         return context
+
+
+class DirectFamily(GuideFamily):
+    """Base of the families with a density of their own; a member defines :meth:`distribution`."""
+
+    @abstractmethod
+    def distribution(self, context: Any = None) -> dist.Distribution:
+        """The posterior given ``context``, as a distribution over vectors.
+
+        Args:
+            context: ``(*batch, context_dim)``, or None for a family without a context.
+
+        Returns:
+            A distribution with ``batch_shape == batch`` and ``event_shape == (latent_dim,)``.
+        """
+
+    def _sample(self, name: str, context: Any, infer: Any) -> jax.Array:
+        return numpyro.sample(name, self.distribution(context), infer=infer)
+
+    def _log_prob(
+        self, value: jax.Array, context: Any, num_samples: int, rng_key: jax.Array | None
+    ) -> jax.Array:
+        return self.distribution(context).log_prob(value)

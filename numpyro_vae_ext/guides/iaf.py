@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 
 from numpyro_vae_ext._checks import one_of, positive_int, widths
-from numpyro_vae_ext.guides._base import GuideFamily, param_dtype_or_default
+from numpyro_vae_ext.guides._base import DirectFamily, param_dtype_or_default
 from numpyro_vae_ext.guides._flow import FlowDistribution, Transform
 from numpyro_vae_ext.guides.mean_field import MeanField
 from numpyro_vae_ext.nn.masked import MaskedMLP
@@ -24,7 +24,7 @@ _GATE_BIAS = 2.0  # a new gate lets 88 % of z through: near the identity, as the
 _LOG_SCALE_BOUND = 3.0  # an affine step scales by e^-3..e^3 at most, so that no step explodes
 
 
-class IAF(GuideFamily):
+class IAF(DirectFamily):
     r"""The inverse autoregressive flow: a diagonal Normal sent through masked nets.
 
     .. math::

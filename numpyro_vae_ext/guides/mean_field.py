@@ -11,7 +11,7 @@ import numpyro.distributions as dist
 from flax import nnx
 
 from numpyro_vae_ext._checks import one_of, widths
-from numpyro_vae_ext.guides._base import GuideFamily, param_dtype_or_default
+from numpyro_vae_ext.guides._base import DirectFamily, param_dtype_or_default
 from numpyro_vae_ext.guides._normal import CarryingNormal
 from numpyro_vae_ext.nn._activations import ACTIVATIONS
 
@@ -22,7 +22,7 @@ def _small_glorot(key: jax.Array, shape: Sequence[int], dtype: Any = None) -> ja
     return 0.1 * _glorot(key, tuple(shape), dtype)
 
 
-class MeanField(GuideFamily):
+class MeanField(DirectFamily):
     r"""The diagonal Normal posterior, with heads for its location and log-scale.
 
     .. math::

@@ -14,6 +14,7 @@ alone. A sampled value carries its log-density: no family inverts itself in trai
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import pyro
 import torch
@@ -25,7 +26,7 @@ from pyro_vae_ext._checks import positive_int
 
 
 class GuideFamily(nn.Module, ABC):
-    """Base of the guide families; a member defines :meth:`distribution`."""
+    """Base of the guide families; a member defines its statement and its log-density."""
 
     def __init__(self, latent_dim: int, context_dim: int | None) -> None:
         super().__init__()
@@ -33,22 +34,20 @@ class GuideFamily(nn.Module, ABC):
         self.context_dim = None if context_dim is None else positive_int("context_dim", context_dim)
 
     @abstractmethod
-    def distribution(self, context: Tensor | None = None) -> TorchDistribution:
-        """The posterior given ``context``, as a distribution over vectors.
+    def _sample(self, name: str, context: Tensor | None, infer: Any) -> Tensor:
+        """The statement of :meth:`forward`, the context checked."""
 
-        Args:
-            context: ``(*batch, context_dim)``, or None for a family without a context.
+    @abstractmethod
+    def _log_prob(self, value: Tensor, context: Tensor | None, num_samples: int) -> Tensor:
+        """The log-density of :meth:`log_prob`, the arguments checked."""
 
-        Returns:
-            A distribution with ``batch_shape == batch`` and ``event_shape == (latent_dim,)``.
-        """
-
-    def forward(self, name: str, context: Tensor | None = None) -> Tensor:
+    def forward(self, name: str, context: Tensor | None = None, *, infer: Any = None) -> Tensor:
         """Sample the site ``name``; a statement for the body of a guide.
 
         Args:
             name: Name of the latent site.
             context: ``(*batch, context_dim)``, or None for a family without a context.
+            infer: Instructions of the site, as the host's ``sample`` takes them.
 
         Returns:
             The value, of shape ``(*batch, latent_dim)``, ``batch`` widened by the plates.
@@ -58,17 +57,25 @@ class GuideFamily(nn.Module, ABC):
             TypeError: If the context is not of a floating-point type.
         """
         self._check_context(context, f" at site '{name}'")
-        return pyro.sample(name, self.distribution(context))
+        return self._sample(name, context, infer)
 
-    def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+    def log_prob(
+        self, value: Tensor, context: Tensor | None = None, *, num_samples: int = 100
+    ) -> Tensor:
         r"""Log-density :math:`\log q(z \mid c)` of any ``value``, not only of the family's own.
 
         Args:
             value: ``(*batch, latent_dim)``.
             context: ``(*batch, context_dim)``, or None for a family without a context.
+            num_samples: Samples behind the estimate of a family whose density is an integral;
+                families with a density of their own give it exactly.
 
         Returns:
             ``(*batch,)``, differentiable once in the value, the context and the parameters.
+
+        Raises:
+            ValueError: If the value or the context has another width, or a number is below 1.
+            TypeError: If the context is not of a floating-point type.
         """
         self._check_context(context, " at log_prob")
         if value.shape[-1:] != (self.latent_dim,):
@@ -76,7 +83,7 @@ class GuideFamily(nn.Module, ABC):
                 f"Expected values of width {self.latent_dim} at log_prob; "
                 f"got shape {tuple(value.shape)}."
             )
-        return self.distribution(context).log_prob(value)
+        return self._log_prob(value, context, positive_int("num_samples", num_samples))
 
     def _check_context(self, context: Tensor | None, where: str) -> None:
         if self.context_dim is None:
@@ -105,3 +112,24 @@ class GuideFamily(nn.Module, ABC):
             raise ValueError(
                 f"Expected a context without NaN{where}; got NaN. Check the data and the encoder."
             )
+
+
+class DirectFamily(GuideFamily, ABC):
+    """Base of the families with a density of their own; a member defines :meth:`distribution`."""
+
+    @abstractmethod
+    def distribution(self, context: Tensor | None = None) -> TorchDistribution:
+        """The posterior given ``context``, as a distribution over vectors.
+
+        Args:
+            context: ``(*batch, context_dim)``, or None for a family without a context.
+
+        Returns:
+            A distribution with ``batch_shape == batch`` and ``event_shape == (latent_dim,)``.
+        """
+
+    def _sample(self, name: str, context: Tensor | None, infer: Any) -> Tensor:
+        return pyro.sample(name, self.distribution(context), infer=infer)
+
+    def _log_prob(self, value: Tensor, context: Tensor | None, num_samples: int) -> Tensor:
+        return self.distribution(context).log_prob(value)

@@ -11,7 +11,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_vae_ext._checks import one_of, positive_int
-from pyro_vae_ext.guides._base import GuideFamily
+from pyro_vae_ext.guides._base import DirectFamily
 from pyro_vae_ext.guides._flow import FlowDistribution, Transform
 from pyro_vae_ext.guides.mean_field import MeanField
 from pyro_vae_ext.nn import MaskedMLP
@@ -22,7 +22,7 @@ _GATE_BIAS = 2.0
 _LOG_SCALE_BOUND = 3.0
 
 
-class IAF(GuideFamily):
+class IAF(DirectFamily):
     r"""Inverse autoregressive flow on a diagonal Normal.
 
     .. math::

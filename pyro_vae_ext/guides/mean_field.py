@@ -10,12 +10,12 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_vae_ext._checks import one_of, widths
-from pyro_vae_ext.guides._base import GuideFamily
+from pyro_vae_ext.guides._base import DirectFamily
 from pyro_vae_ext.guides._normal import CarryingNormal
 from pyro_vae_ext.nn._activations import ACTIVATIONS
 
 
-class MeanField(GuideFamily):
+class MeanField(DirectFamily):
     r"""Diagonal Normal, :math:`q(z \mid c) = \prod_i N(z_i;\, \mu_i(c),\, \sigma_i(c)^2)`.
 
     Location and log-scale are linear heads on the context, after a dense network if
