@@ -14,6 +14,7 @@ import numpy as np
 
 BACKENDS = tuple(name for name in ("pyro", "numpyro") if find_spec(name))
 COLUMNS = ("backend", "data", "guide", "objective", "bound", "NLL", "active units", "seconds")
+GUIDES = ("MeanField", "IAF", "Auxiliary", "VGP")
 # Guide of the eight schools: particles, gradient, learning rate.
 SCHOOLS_OBJECTIVES = {"MeanField": (1, "reparam", 5e-2), "IAF": (10, "stl", 5e-3)}
 COLOURS = {"MeanField": "#d1772f", "IAF": "#2f6fb0", "NUTS": "#333333"}
@@ -41,7 +42,7 @@ def fit_parser(description):
 def vae_parser(description):
     """Options of the two variational autoencoders."""
     result = fit_parser(description)
-    result.add_argument("--guide", choices=("MeanField", "IAF"), default="MeanField")
+    result.add_argument("--guide", choices=GUIDES, default="MeanField")
     result.add_argument("--num-particles", type=int, default=1, metavar="K")
     result.add_argument("--gradient", choices=("reparam", "stl", "dreg"), default="reparam")
     result.add_argument("--dataset", choices=("digits", "mnist"), default="digits")
@@ -100,20 +101,26 @@ def write_row(path, row):
     path.write_text(json.dumps(row, indent=2) + "\n")
 
 
-def table(rows):
-    """Rows of results as aligned text."""
+def table(rows, columns=COLUMNS, num_text=4):
+    """Rows of results as aligned text, the first `num_text` columns to the left."""
 
     def text(value):
         if value is None:
             return "-"
         return f"{value:.2f}" if isinstance(value, float) else str(value)
 
-    cells = [list(COLUMNS)] + [[text(row.get(column)) for column in COLUMNS] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    cells = [list(columns)] + [[text(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = []
     for line in cells:
-        left = [cell.ljust(width) for cell, width in zip(line[:4], widths[:4], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(line[4:], widths[4:], strict=True)]
+        left = [
+            cell.ljust(width)
+            for cell, width in zip(line[:num_text], widths[:num_text], strict=True)
+        ]
+        right = [
+            cell.rjust(width)
+            for cell, width in zip(line[num_text:], widths[num_text:], strict=True)
+        ]
         lines.append("  ".join(left + right))
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)

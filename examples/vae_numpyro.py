@@ -25,9 +25,9 @@ from numpyro.contrib.module import nnx_module
 from numpyro.infer import SVI
 from tqdm import tqdm
 
+from numpyro_vae_ext import guides
 from numpyro_vae_ext.diagnostics import active_units, log_evidence, to_arviz
 from numpyro_vae_ext.elbos import ImportanceWeightedELBO
-from numpyro_vae_ext.guides import IAF, MeanField
 
 
 class MLP(nnx.Module):
@@ -58,7 +58,7 @@ def build(args, images):
     if args.dataset == "mnist":
         mean = jnp.clip(images.centre, 1e-3, 1 - 1e-3)
         decoder.layers[-1].bias[...] = jnp.log(mean) - jnp.log1p(-mean)
-    family = {"MeanField": MeanField, "IAF": IAF}[args.guide]
+    family = getattr(guides, args.guide)
     posterior = family(latent_dim, context_dim=width, rngs=rngs)
 
     def model(x):

@@ -21,9 +21,9 @@ from pyro.infer import SVI
 from torch import nn
 from tqdm import tqdm
 
+from pyro_vae_ext import guides
 from pyro_vae_ext.diagnostics import active_units, log_evidence, to_arviz
 from pyro_vae_ext.elbos import ImportanceWeightedELBO
-from pyro_vae_ext.guides import IAF, MeanField
 
 
 def mlp(*widths, linear_output=False):
@@ -45,7 +45,7 @@ def build(args, images):
     decoder = mlp(latent_dim, width, width, num_pixels, linear_output=True)
     if args.dataset == "mnist":
         decoder[-1].bias.data = centre.clamp(1e-3, 1 - 1e-3).logit()
-    family = {"MeanField": MeanField, "IAF": IAF}[args.guide]
+    family = getattr(guides, args.guide)
     posterior = family(latent_dim, context_dim=width)
 
     def model(x):

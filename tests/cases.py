@@ -6,8 +6,23 @@ build the member with. A member that is missing here fails ``test_mirror.py``.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 CASES: dict[str, dict[str, list[dict]]] = {
     "guides": {
+        "AutoAmortized": [
+            {"family": {"name": "MeanField"}},
+            {"family": {"name": "IAF", "hidden_dims": (5,)}},
+            {"family": {"name": "Auxiliary", "hidden_dims": (6,)}},
+            {"family": {"name": "VGP", "num_inducing": 6, "hidden_dims": (6,)}},
+        ],
+        "AutoPosterior": [
+            {"family": {"name": "MeanField"}},
+            {"family": {"name": "IAF", "hidden_dims": (5,)}},
+            {"family": {"name": "Auxiliary", "hidden_dims": (6,)}},
+            {"family": {"name": "VGP", "num_inducing": 6, "hidden_dims": (6,)}},
+        ],
         "MeanField": [
             {"latent_dim": 3, "context_dim": 4},
             {"latent_dim": 3, "context_dim": 4, "hidden_dims": (6, 5), "activation": "tanh"},
@@ -29,6 +44,65 @@ CASES: dict[str, dict[str, list[dict]]] = {
             {"latent_dim": 3, "context_dim": None, "hidden_dims": (7,), "num_flows": 1},
             {"latent_dim": 3, "context_dim": None, "hidden_dims": (7,), "update": "affine"},
             {"latent_dim": 1, "context_dim": None, "hidden_dims": (5,)},
+        ],
+        "Auxiliary": [
+            {"latent_dim": 3, "context_dim": 4, "aux_dim": 2, "hidden_dims": (6,)},
+            {"latent_dim": 3, "context_dim": None, "aux_dim": 2, "hidden_dims": (6, 5)},
+            {"latent_dim": 1, "context_dim": 4, "hidden_dims": (6,), "activation": "tanh"},
+            {"latent_dim": 1, "context_dim": None, "hidden_dims": (5,)},
+            {
+                "latent_dim": 3,
+                "context_dim": 4,
+                "aux_dim": 2,
+                "hidden_dims": (6,),
+                "latent_family": {"name": "IAF", "hidden_dims": (7,)},
+            },
+            {
+                "latent_dim": 2,
+                "context_dim": 4,
+                "aux_dim": 3,
+                "hidden_dims": (6,),
+                "reverse_family": {"name": "IAF", "hidden_dims": (7,)},
+            },
+            {
+                "latent_dim": 2,
+                "context_dim": None,
+                "aux_dim": 3,
+                "hidden_dims": (6,),
+                "aux_family": {"name": "IAF", "hidden_dims": (7,), "update": "affine"},
+                "latent_family": {"name": "MeanField", "hidden_dims": (5,), "activation": "tanh"},
+                "reverse_family": {"name": "IAF", "hidden_dims": (7,), "num_flows": 1},
+            },
+        ],
+        "VGP": [
+            {"latent_dim": 3, "context_dim": 4, "num_inducing": 6, "hidden_dims": (5,)},
+            {"latent_dim": 3, "context_dim": None, "num_inducing": 6, "hidden_dims": (5,)},
+            {"latent_dim": 1, "context_dim": 4, "num_inducing": 5, "hidden_dims": (5,)},
+            {"latent_dim": 1, "context_dim": None, "num_inducing": 1, "hidden_dims": (5,)},
+            {
+                "latent_dim": 3,
+                "context_dim": 4,
+                "input_dim": 2,
+                "num_inducing": 6,
+                "amortize": "none",
+                "hidden_dims": (5, 4),
+                "activation": "tanh",
+            },
+            {
+                "latent_dim": 2,
+                "context_dim": 4,
+                "input_dim": 3,
+                "num_inducing": 5,
+                "amortize": "all",
+                "jitter": 1e-3,
+                "hidden_dims": (5,),
+            },
+            {
+                "latent_dim": 2,
+                "context_dim": None,
+                "num_inducing": 5,
+                "reverse_family": {"name": "IAF", "hidden_dims": (7,)},
+            },
         ],
     },
     "elbos": {
@@ -79,3 +153,20 @@ CASES: dict[str, dict[str, list[dict]]] = {
         ],
     },
 }
+
+# Families with a density of their own, and those whose density is an integral.
+DIRECT = ("MeanField", "IAF")
+HIERARCHICAL = ("Auxiliary", "VGP")
+
+
+def resolved(guides: Any, case: dict) -> dict:
+    """The case with families in the place of their names, out of the package's ``guides``."""
+
+    def build(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return partial(
+            getattr(guides, value["name"]), **{k: v for k, v in value.items() if k != "name"}
+        )
+
+    return {key: build(value) for key, value in case.items()}

@@ -17,7 +17,7 @@ PACKAGES = (PYRO, NUMPYRO)
 # What one host needs and the other has no word for.
 OWN_ARGUMENTS = {
     PYRO: {"max_plate_nesting"},
-    NUMPYRO: {"rngs", "param_dtype", "rng_key", "params", "param_map"},
+    NUMPYRO: {"rngs", "param_dtype", "rng_key", "params", "param_map", "prefix"},
 }
 # A module's call is `forward` for torch.
 ALIASES = {PYRO: {"forward": "__call__"}, NUMPYRO: {}}
@@ -32,8 +32,11 @@ SECTIONS = {
 }
 # Errors about what only one host has, or lets through.
 OWN_ERRORS = {
-    PYRO: {"Expected one site of each name"},
-    NUMPYRO: {"Expected rngs for a family with a context"},
+    PYRO: {"Expected one site of each name", "Expected shape {} for the parameter '{}.{}'"},
+    NUMPYRO: {
+        "Expected rngs for a family with a context",
+        "Expected rng_key for the samples behind log_prob of {}",
+    },
 }
 MAX_LINES = 400
 # Running a host's trace and reading it: the business of _trace.py alone.
@@ -102,9 +105,8 @@ def is_property(function: ast.FunctionDef) -> bool:
 
 
 def family_bases(package: str, family: str) -> dict[str, ast.ClassDef]:
-    """The classes that the base of a family defines, by name."""
-    path = ROOT / package / family / "_base.py"
-    nodes = parse(path).body if path.exists() else []
+    """The classes that the private files of a family define, by name."""
+    nodes = [n for path in (ROOT / package / family).glob("_[a-z]*.py") for n in parse(path).body]
     return {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
 
 

@@ -10,7 +10,11 @@ Every family is swapped for another by its constructor alone::
             post("z", encode(x))
 """
 
+from numpyro_vae_ext.guides.auto_amortized import AutoAmortized
+from numpyro_vae_ext.guides.auto_posterior import AutoPosterior
+from numpyro_vae_ext.guides.auxiliary import Auxiliary
 from numpyro_vae_ext.guides.iaf import IAF
 from numpyro_vae_ext.guides.mean_field import MeanField
+from numpyro_vae_ext.guides.vgp import VGP
 
-__all__ = ["IAF", "MeanField"]
+__all__ = ["AutoAmortized", "AutoPosterior", "Auxiliary", "IAF", "MeanField", "VGP"]

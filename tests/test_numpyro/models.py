@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from cases import resolved
 from flax import nnx
 from numpyro.contrib.module import nnx_module
 
@@ -26,7 +27,7 @@ def shaken(tree: Any, scale: float = 0.3, seed: int = 0) -> Any:
 
 
 def family(name: str, **kwargs: Any) -> Any:
-    return getattr(guides, name)(rngs=nnx.Rngs(0), **kwargs)
+    return getattr(guides, name)(rngs=nnx.Rngs(0), **resolved(guides, kwargs))
 
 
 def layer(name: str, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from cases import resolved
 from flax import nnx
 
 import numpyro_vae_ext.guides
@@ -18,11 +19,13 @@ import pyro_vae_ext.guides
 
 def families(name: str, **kwargs: Any) -> tuple[torch.nn.Module, nnx.Module]:
     """The family in both backends, with the same random weights."""
-    ours = getattr(pyro_vae_ext.guides, name)(**kwargs)
+    ours = getattr(pyro_vae_ext.guides, name)(**resolved(pyro_vae_ext.guides, kwargs))
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    theirs = getattr(numpyro_vae_ext.guides, name)(**kwargs, rngs=nnx.Rngs(0))
+    theirs = getattr(numpyro_vae_ext.guides, name)(
+        **resolved(numpyro_vae_ext.guides, kwargs), rngs=nnx.Rngs(0)
+    )
     state = nnx.to_pure_dict(nnx.state(theirs, nnx.Param))
     copied = to_jax(ours, state)
     params = nnx.state(theirs, nnx.Param)

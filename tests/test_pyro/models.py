@@ -7,6 +7,7 @@ import math
 import pyro
 import pyro.distributions as dist
 import torch
+from cases import resolved
 
 from pyro_vae_ext import guides
 
@@ -20,7 +21,7 @@ def shaken(module: torch.nn.Module, scale: float = 0.3) -> torch.nn.Module:
 
 
 def family(name: str, **kwargs) -> torch.nn.Module:
-    return getattr(guides, name)(**kwargs)
+    return getattr(guides, name)(**resolved(guides, kwargs))
 
 
 def conjugate(x: torch.Tensor, mu: torch.Tensor, batch_size: int | None = None):

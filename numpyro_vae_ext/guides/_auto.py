@@ -1,0 +1,334 @@
+"""What the guides made from a model share: the layout of its latents, and the host's interface.
+
+A latent site is unconstrained by ``biject_to``; unconstrained sites are concatenated to vectors,
+which a family draws at auxiliary sites. Every site of the model is then a ``Delta`` at its drawn
+value, in the plates of the model, whose log-density carries the Jacobian.
+
+A guide may first be called under ``jit``, so nothing traced may stay in it. The host's prototype
+of the model, which is full of traced values, is made in a copy that is thrown away; names and
+sizes are kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from flax import nnx
+from jax import random
+from numpyro import handlers
+from numpyro.distributions import biject_to
+from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer.util import constrain_fn, get_transforms
+
+from numpyro_vae_ext._checks import Plates, masks, positive_int, unwrapped
+from numpyro_vae_ext.guides._base import GuideFamily
+from numpyro_vae_ext.guides._hierarchy import built
+
+AUXILIARY = {"is_auxiliary": True}
+
+Model = Callable[..., Any]
+Values = dict[str, jax.Array]
+
+
+class Site(NamedTuple):
+    """A continuous latent site of a model; nothing in it is traced.
+
+    Attributes:
+        name: Name of the site.
+        transform: Bijection from unconstrained values onto the support; None if the support has
+            bounds, which may depend on data, parameters or other sites: a call asks the model.
+        shape: Shape of an unconstrained value.
+        dtype: Type of an unconstrained value.
+        batch_dim: Number of plate dimensions of a value, constrained or not.
+        event_dim: Number of dimensions of a constrained event.
+        plates: The plates around the site, innermost first.
+    """
+
+    name: str
+    transform: Any
+    shape: tuple[int, ...]
+    dtype: Any
+    batch_dim: int
+    event_dim: int
+    plates: Plates
+
+    @property
+    def size(self) -> int:
+        """Unconstrained numbers."""
+        return math.prod(self.shape)
+
+
+class Latents(NamedTuple):
+    """What a guide drew.
+
+    Attributes:
+        sites: The sites.
+        free: Unconstrained values by site.
+        log_scales: Logarithms of what these were scaled by, of the sites where they were.
+        plates: Plates that the sites are drawn in.
+        rows: Rows of the plate that may be subsampled.
+    """
+
+    sites: list[Site]
+    free: Values
+    log_scales: Values
+    plates: dict[str, Any]
+    rows: Values
+
+
+class FamilyGuide(AutoGuide):
+    """Base of the guides made from a model; a member draws the vectors of its sites."""
+
+    def __init__(self, model: Model, rngs: nnx.Rngs | None, **options: Any) -> None:
+        super().__init__(model, **options)
+        # A stream cannot be advanced under jit, where the families may be built.
+        self._rng_key = (nnx.Rngs(0) if rngs is None else rngs).params()
+        self._names: frozenset[str] = frozenset()  # of the latent sites, once they are known
+        self._has_deterministic = False
+
+    @abstractmethod
+    def _latents(self, args: Any, kwargs: Any) -> Latents:
+        """Draw, inside of the guide."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Values:
+        """Run the guide on the arguments of the model.
+
+        Returns:
+            The drawn value of every latent site, by name.
+        """
+        drawn = self._latents(args, kwargs)
+        if _is_static(drawn.sites):
+            transforms = {site.name: site.transform for site in drawn.sites}
+            values = {name: transforms[name](free) for name, free in drawn.free.items()}
+        else:
+            values = self._asked(constrain_fn, drawn.rows, drawn.free, args, kwargs)
+            transforms = self._asked(get_transforms, drawn.rows, values, args, kwargs)
+        result = {}
+        for site in drawn.sites:
+            value, free = values[site.name], drawn.free[site.name]
+            batch = value.shape[: value.ndim - site.event_dim]
+            log_det = transforms[site.name].log_abs_det_jacobian(free, value)
+            log_det = log_det.reshape(*batch, -1).sum(-1)
+            if site.name in drawn.log_scales:
+                log_det = log_det + drawn.log_scales[site.name].reshape(*batch, -1).sum(-1)
+            fn = dist.Delta(value, log_density=-log_det, event_dim=site.event_dim)
+            with ExitStack() as stack:
+                for plate in reversed(site.plates):
+                    if plate.name in drawn.plates:
+                        stack.enter_context(drawn.plates[plate.name])
+                result[site.name] = numpyro.sample(site.name, fn)
+        return result
+
+    def sample_posterior(
+        self,
+        rng_key: jax.Array,
+        params: dict[str, Any],
+        *args: Any,
+        sample_shape: tuple[int, ...] = (),
+        **kwargs: Any,
+    ) -> Values:
+        """Draw from the guide.
+
+        Args:
+            rng_key: Random key.
+            params: Constrained parameters, as ``svi.get_params`` gives them.
+            args: Positional arguments of the model.
+            sample_shape: Leading shape of the draws.
+            kwargs: Keyword arguments of the model.
+
+        Returns:
+            Constrained draws ``(*sample_shape, *site)`` by site, deterministic sites included; of
+            a subsampled plate the rows of one subsample.
+        """
+        drawn = self._drawn(rng_key, params, math.prod(sample_shape), args, kwargs)
+        return self._constrained(params, drawn, sample_shape, args, kwargs)
+
+    def median(
+        self,
+        params: dict[str, Any],
+        *args: Any,
+        rng_key: jax.Array | None = None,
+        num_samples: int = 10_000,
+        **kwargs: Any,
+    ) -> Values:
+        """Median of every unconstrained number, mapped to the support, by Monte Carlo.
+
+        Args:
+            params: Constrained parameters, as ``svi.get_params`` gives them.
+            args: Positional arguments of the model.
+            rng_key: Random key, ``jax.random.key(0)`` by default.
+            num_samples: Number of draws.
+            kwargs: Keyword arguments of the model.
+
+        Returns:
+            Constrained values of the shape of the site, by site: a simplex is one. The
+            deterministic sites at these.
+
+        Raises:
+            ValueError: If ``num_samples`` is below 1.
+        """
+        positive_int("num_samples", num_samples)
+        rng_key = random.key(0) if rng_key is None else rng_key
+        drawn = self._drawn(rng_key, params, num_samples, args, kwargs)
+        free = {name: jnp.median(x, axis=0)[None] for name, x in drawn.free.items()}
+        return self._constrained(params, drawn._replace(free=free), (), args, kwargs)
+
+    def quantiles(
+        self,
+        params: dict[str, Any],
+        quantiles: Any,
+        *args: Any,
+        rng_key: jax.Array | None = None,
+        num_samples: int = 10_000,
+        **kwargs: Any,
+    ) -> Values:
+        """Quantiles of the marginals of every latent site, by Monte Carlo.
+
+        Args:
+            params: Constrained parameters, as ``svi.get_params`` gives them.
+            quantiles: Numbers between 0 and 1.
+            args: Positional arguments of the model.
+            rng_key: Random key, ``jax.random.key(0)`` by default.
+            num_samples: Number of draws, all of them in memory at once.
+            kwargs: Keyword arguments of the model.
+
+        Returns:
+            Quantiles of the constrained values, ``(*quantiles.shape, *site)``, by site, and of
+            the deterministic sites.
+
+        Raises:
+            ValueError: If ``num_samples`` is below 1.
+        """
+        positive_int("num_samples", num_samples)
+        rng_key = random.key(0) if rng_key is None else rng_key
+        drawn = self._drawn(rng_key, params, num_samples, args, kwargs)
+        draws = self._constrained(params, drawn, (num_samples,), args, kwargs)
+        levels = jnp.asarray(quantiles)
+        return {
+            name: jnp.quantile(x, levels.ravel(), axis=0).reshape(*levels.shape, *x.shape[1:])
+            for name, x in draws.items()
+        }
+
+    def _drawn(self, rng_key: Any, params: Any, count: int, args: Any, kwargs: Any) -> Latents:
+        """Draws at the rows of one subsample."""
+
+        def draw(key: jax.Array, rows: Values) -> Latents:
+            with handlers.block(), handlers.substitute(data={**params, **rows}):
+                return handlers.seed(self._latents, key)(args, kwargs)
+
+        first_key, key = random.split(rng_key)
+        first = draw(first_key, {})
+        draws = jax.vmap(lambda key: draw(key, first.rows).free)(random.split(key, count))
+        return first._replace(free=draws)
+
+    def _constrained(self, params: Any, drawn: Latents, shape: Any, args: Any, kwargs: Any) -> Any:
+        """The values, and deterministic sites, of unconstrained ones with a dimension in front."""
+
+        def one(free: Values) -> Values:
+            return {site.name: site.transform(free[site.name]) for site in drawn.sites}
+
+        def replayed(free: Values) -> Values:
+            ask = partial(constrain_fn, return_deterministic=True)
+            with handlers.block(), handlers.substitute(data=params):
+                return self._asked(ask, drawn.rows, free, args, kwargs)
+
+        alone = _is_static(drawn.sites) and not self._has_deterministic
+        # The compiler leaves out what the model does with the values.
+        values = jax.vmap(one)(drawn.free) if alone else jax.jit(jax.vmap(replayed))(drawn.free)
+        return {name: x.reshape(*shape, *x.shape[1:]) for name, x in values.items()}
+
+    def _asked(self, ask: Model, rows: Values, values: Values, args: Any, kwargs: Any) -> Any:
+        """What the host's function says of the model at these values, the outside untouched."""
+        model = handlers.substitute(self._known_part(), data=rows)
+        with handlers.block(expose_types=["param"]), handlers.seed(rng_seed=0):
+            return ask(model, args, kwargs, values)
+
+    def _known_part(self) -> Model:
+        """The model; what was observed at the first call may be latent later, and is hidden."""
+        if not self._names:
+            return self.model
+        return handlers.block(self.model, hide_fn=partial(_is_foreign, self._names))
+
+    def _prototyped(self, rng_key: jax.Array, args: Any, kwargs: Any) -> AutoGuide:
+        """A copy that the host has set up for the model at these arguments."""
+        scratch = copy.copy(self)
+        scratch.model = self._known_part()
+        init = self.init_loc_fn
+        init = init if isinstance(init, partial) else init()
+        scratch.init_loc_fn = partial(_initial_value, init=init, guide=type(self).__name__)
+        with handlers.block(), handlers.seed(rng_seed=rng_key):
+            scratch._setup_prototype(*args, **kwargs)
+        return scratch
+
+    def _layout(self, args: Any, kwargs: Any) -> tuple[list[Site], dict[str, int]]:
+        """The latent sites at these arguments and the full sizes of plates; computes nothing."""
+        found: list[AutoGuide] = []
+        key = random.key(0)
+        jax.eval_shape(lambda: found.append(self._prototyped(key, args, kwargs)))
+        messages, free = found[0].prototype_trace, found[0]._init_locs
+        if not free:
+            raise ValueError("Expected at least one continuous latent site in the model; got none.")
+        if not self._names:
+            self._names = frozenset(free)
+            self._has_deterministic = "deterministic" in {m["type"] for m in messages.values()}
+        # In the model's order: that of `_init_locs` is another one under jit.
+        sites = [_site(message, free[k]) for k, message in messages.items() if k in free]
+        return sites, dict(found[0]._prototype_frame_full_sizes)
+
+    def _built(
+        self, family: Callable[..., Any], context_dim: int | None, sites: list[Site], size: int
+    ) -> GuideFamily:
+        """A new member of the family, of numbers even where all else is traced."""
+        dtype = jnp.result_type(*(site.dtype for site in sites))
+        with jax.ensure_compile_time_eval():
+            return built("family", family, size, context_dim, nnx.Rngs(self._rng_key), dtype)
+
+
+def _is_static(sites: list[Site]) -> bool:
+    return all(site.transform is not None for site in sites)
+
+
+def _is_foreign(names: frozenset[str], msg: Any) -> bool:
+    return msg["type"] == "sample" and not msg["is_observed"] and msg["name"] not in names
+
+
+def _initial_value(msg: Any, init: Callable[..., Any], guide: str) -> Any:
+    """The start of a site; the host asks for it before it looks at any site itself."""
+    if msg["type"] == "sample" and not msg["is_observed"]:
+        if msg["fn"].support.is_discrete:
+            raise ValueError(
+                f"Expected continuous latent sites under {guide}; got site '{msg['name']}' with "
+                f"the distribution {type(unwrapped(msg['fn'])).__name__}. Marginalise it with the "
+                "host's TraceEnum_ELBO and hide it from this guide, or use an objective for "
+                "discrete latents."
+            )
+        if any(mask is not True for mask in masks(msg["fn"])):
+            # The guide's density of what the model leaves out would count as evidence.
+            raise ValueError(
+                f"Expected latent sites without a mask under {guide}; got site '{msg['name']}' "
+                "with one. Sample only what counts, or write the guide by hand."
+            )
+    return init(msg)
+
+
+def _site(msg: Any, free: Any) -> Site:
+    fn = msg["fn"]
+    return Site(
+        msg["name"],
+        None if jax.tree.leaves(fn.support) else biject_to(fn.support),
+        jnp.shape(free),
+        jnp.result_type(free),
+        len(fn.batch_shape),
+        fn.event_dim,
+        tuple(msg["cond_indep_stack"]),
+    )

@@ -1,0 +1,122 @@
+"""The auxiliary-variable family: a hierarchical guide with a learned reverse model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from pyro_vae_ext._checks import positive_int, widths
+from pyro_vae_ext.guides._base import GuideFamily
+from pyro_vae_ext.guides._hierarchy import (
+    AUXILIARY,
+    built,
+    built_direct,
+    joined,
+    reverse_factor,
+)
+from pyro_vae_ext.guides.mean_field import MeanField
+
+
+class Auxiliary(GuideFamily):
+    r"""Hierarchical guide :math:`q(z, a \mid c) = q(a \mid c)\, q(z \mid a, c)`.
+
+    The marginal :math:`q(z \mid c) = \int q(a \mid c)\, q(z \mid a, c)\, da` is as rich as the
+    parts allow and has no density in closed form. A learned reverse model :math:`r(a \mid z, c)`
+    stands in for :math:`q(a \mid z, c)`: the guide's log-density is
+
+    .. math:: \log q(a \mid c) + \log q(z \mid a, c) - \log r(a \mid z, c),
+
+    so that every objective remains a bound, looser than that of :math:`q(z \mid c)` by
+    :math:`E\, KL(q(a \mid z, c) \,\|\, r(a \mid z, c))`. The statement has the sites
+    ``{name}_aux`` (auxiliary), ``{name}``, and the factor ``{name}_reverse``,
+    :math:`-\log r`.
+
+    Each part is a family. A part is given by a function ``(latent_dim, context_dim) -> family``,
+    a class such as ``IAF`` or a ``functools.partial`` of one. Under ``gradient="stl"`` and
+    ``"dreg"`` the reverse model keeps all its derivatives, as a part of the model would.
+
+    Args:
+        latent_dim: Dimension of the latent vector :math:`z`.
+        context_dim: Width of the context, or None for a global posterior.
+        aux_dim: Dimension of the auxiliary vector :math:`a`; ``latent_dim`` by default.
+        aux_family: Builds :math:`q(a \mid c)`; a mean-field network by default. A hierarchical
+            family makes the hierarchy deeper.
+        latent_family: Builds :math:`q(z \mid a, c)`, which must have a density of its own; a
+            mean-field network by default.
+        reverse_family: Builds :math:`r(a \mid z, c)`, likewise.
+        hidden_dims: Widths of the hidden layers of the default parts.
+        activation: Their activation, ``"elu"``, ``"relu"`` or ``"tanh"``.
+
+    Raises:
+        ValueError: If a width is not positive or the activation is unknown.
+        TypeError: If a function builds no family, or one without a density where one is
+            needed.
+
+    References:
+        Ranganath, Tran and Blei, 2016, *Hierarchical Variational Models*, arXiv:1511.02386,
+        eq. 5-7. Maaloe, Sonderby, Sonderby and Winther, 2016, *Auxiliary Deep Generative Models*,
+        arXiv:1602.05473, eq. 3-5.
+
+    Example:
+        >>> import torch
+        >>> from pyro_vae_ext.guides import IAF
+        >>> posterior = Auxiliary(latent_dim=3, context_dim=5, aux_dim=2, reverse_family=IAF)
+        >>> z = posterior("z", torch.zeros(7, 5))
+        >>> z.shape, posterior.log_prob(z, torch.zeros(7, 5), num_samples=50).shape
+        (torch.Size([7, 3]), torch.Size([7]))
+    """
+
+    # Families, which torch's attributes are not typed as.
+    aux: Any
+    conditional: Any
+    reverse: Any
+
+    def __init__(
+        self,
+        latent_dim: int,
+        context_dim: int | None = None,
+        *,
+        aux_dim: int | None = None,
+        aux_family: Callable[..., Any] | None = None,
+        latent_family: Callable[..., Any] | None = None,
+        reverse_family: Callable[..., Any] | None = None,
+        hidden_dims: Sequence[int] = (64, 64),
+        activation: str = "elu",
+    ) -> None:
+        super().__init__(latent_dim, context_dim)
+        self.aux_dim = latent_dim if aux_dim is None else positive_int("aux_dim", aux_dim)
+        hidden_dims = widths("hidden_dims", hidden_dims)
+        default = partial(MeanField, hidden_dims=hidden_dims, activation=activation)
+        # Without a context there is nothing for hidden layers to see.
+        first = MeanField if context_dim is None else default
+        width = context_dim or 0
+        self.aux = built("aux_family", aux_family or first, self.aux_dim, context_dim)
+        self.conditional = built_direct(
+            "latent_family", latent_family or default, latent_dim, self.aux_dim + width
+        )
+        self.reverse = built_direct(
+            "reverse_family", reverse_family or default, self.aux_dim, latent_dim + width
+        )
+
+    def _sample(self, name: str, context: Tensor | None, infer: Any) -> Tensor:
+        auxiliary = self.aux(f"{name}_aux", context, infer=AUXILIARY)
+        value = self.conditional(name, joined(auxiliary, context), infer=infer)
+        log_reverse = self.reverse.log_prob(auxiliary, joined(value, context))
+        reverse_factor(name, log_reverse)
+        return value
+
+    def _log_prob(self, value: Tensor, context: Tensor | None, num_samples: int) -> Tensor:
+        r"""Importance sampling: :math:`\log \frac1K \sum_k q(a_k) q(z \mid a_k) / r(a_k \mid z)`.
+
+        Its exponential is an unbiased estimate of :math:`q(z \mid c)`.
+        """
+        reverse = self.reverse.distribution(joined(value, context))
+        auxiliary = reverse.rsample((num_samples,))
+        log_joint = self.aux.log_prob(auxiliary, context, num_samples=num_samples)
+        log_joint = log_joint + self.conditional.log_prob(value, joined(auxiliary, context))
+        log_weights = log_joint - reverse.log_prob(auxiliary)
+        return log_weights.logsumexp(0) - math.log(num_samples)

@@ -1,0 +1,103 @@
+"""Variational Gaussian process.
+
+`xi ~ N(0, I)`, `f_i(xi) ~ GP(0, K) | {(s_n, t_ni)}`, `z_i ~ N(mu_i + f_i, sigma_i^2)`, with the
+kernel `K(x, y) = alpha^2 (k(x / l, y / l) + jitter k(0, 0) [x is y])` and the reverse model
+`r(xi | z, c) q(f | xi, z, c)`.
+
+The systems are solved as they stand, with a general solver and a row at a time: nothing is shared
+with a Cholesky factor.
+
+References:
+    Tran, Ranganath and Blei (2016), The Variational Gaussian Process, arXiv 1511.06499,
+    sec. 2.2 and 3.1-3.2. Rasmussen and Williams (2006), Gaussian Processes for Machine Learning,
+    eq. 2.23-2.24 (the conditional process) and 4.9 with a length scale per input.
+"""
+
+import numpy as np
+
+from . import mean_field
+from .auxiliary import joined, log_prob, part
+
+
+def kernel(x, y, log_lengthscale, log_amplitude):
+    """`alpha^2 exp(-1/2 sum_j (x_j - y_j)^2 / l_j^2)`, `(n, m)` of `(n, c)` and `(m, c)`."""
+    difference = (x[:, None] - y[None]) * np.exp(-log_lengthscale)
+    return np.exp(2.0 * log_amplitude - 0.5 * np.sum(difference**2, axis=-1))
+
+
+def conditional(x, sources, targets, log_lengthscale, log_amplitude, jitter):
+    """Mean `(n, d)` and covariance `(n, n)` of the process at inputs `(n, c)` (eq. 2.23-2.24)."""
+    shape = log_lengthscale, log_amplitude
+    noise = jitter * np.exp(2.0 * log_amplitude)
+    matrix = kernel(sources, sources, *shape) + noise * np.eye(len(sources))
+    solved = np.linalg.solve(matrix, kernel(sources, x, *shape))
+    cross = kernel(x, sources, *shape)
+    covariance = kernel(x, x, *shape) + noise * np.eye(len(x)) - cross @ solved
+    return solved.T @ targets, covariance
+
+
+def data(weights, context, amortize):
+    """Sources, targets, log length scales and log amplitude for one row of context."""
+    sources, targets = weights["sources"], weights["targets"]
+    log_lengthscale, log_amplitude = weights["log_lengthscale"], weights["log_amplitude"]
+    if amortize != "none":
+        targets = targets + (weights["targets_head.weight"] @ context).reshape(targets.shape)
+    if amortize == "all":
+        sources = sources + (weights["sources_head.weight"] @ context).reshape(sources.shape)
+        moved = weights["kernel_head.weight"] @ context
+        log_lengthscale = log_lengthscale + moved[:-1]
+        log_amplitude = log_amplitude + moved[-1]
+    return sources, targets, log_lengthscale, log_amplitude
+
+
+def process(xi, weights, context=None, *, amortize=None, jitter=1e-4, **_):
+    """Mean and log standard deviation of `f(xi)`, a draw a row: `(*batch, d)`, `(*batch, 1)`."""
+    amortize = amortize or ("none" if context is None else "targets")
+    batch = xi.shape[:-1]
+    if context is not None:
+        context = np.broadcast_to(context, (*batch, context.shape[-1]))
+    means, log_scales = {}, {}
+    for index in np.ndindex(batch):
+        row = None if context is None else context[index]
+        mean, covariance = conditional(xi[index][None], *data(weights, row, amortize), jitter)
+        means[index], log_scales[index] = mean[0], 0.5 * np.log(covariance[0, 0])
+    indices = list(np.ndindex(batch))
+    mean = np.stack([means[i] for i in indices]).reshape(*batch, -1)
+    return mean, np.stack([log_scales[i] for i in indices]).reshape(*batch, 1)
+
+
+def log_density(values, weights, context=None, **case):
+    """`log q(xi) + log q(f | xi) + log q(z | f) - log r(xi, f | z)`, `(*batch,)`.
+
+    Args:
+        values: `xi`, `f` and `z`.
+        weights: arrays named as in a PyTorch state dict.
+        context: `(*batch, context_dim)` or `None`.
+        case: the family's arguments.
+    """
+    xi, f, z = values["xi"], values["f"], values["z"]
+    activation = case.get("activation", "elu")
+    mean, log_sd = process(xi, weights, context, **case)
+    loc, log_scale = mean_field.heads(part(weights, "base."), context)
+    zeros = np.zeros(xi.shape)
+    log_q = mean_field.log_prob(xi, zeros, zeros)
+    log_q = log_q + mean_field.log_prob(f, mean, log_sd + np.zeros(f.shape))
+    log_q = log_q + mean_field.log_prob(z, loc + f, log_scale + np.zeros(z.shape))
+    log_r = log_prob(
+        xi, part(weights, "reverse."), joined(z, context), case.get("reverse_family"), activation
+    )
+    # The Gaussian posterior of f under the prior N(mean, sd^2) and the likelihood of z.
+    precision = np.exp(-2.0 * log_sd) + np.exp(-2.0 * log_scale)
+    pull = np.exp(-2.0 * log_sd) * mean + np.exp(-2.0 * log_scale) * (z - loc)
+    log_r = log_r + mean_field.log_prob(f, pull / precision, -0.5 * np.log(precision))
+    return log_q - log_r
+
+
+def log_marginal(z, weights, context, rng, num_samples, **case):
+    """Monte Carlo `log E_xi q(z | xi)`, f integrated out; its exponential is unbiased."""
+    xi = rng.standard_normal((num_samples, *z.shape[:-1], weights["sources"].shape[-1]))
+    mean, log_sd = process(xi, weights, context, **case)
+    loc, log_scale = mean_field.heads(part(weights, "base."), context)
+    log_total = 0.5 * np.logaddexp(2.0 * log_sd, 2.0 * log_scale)
+    draws = mean_field.log_prob(z, loc + mean, log_total)
+    return np.log(np.mean(np.exp(draws), axis=0))
