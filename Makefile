@@ -90,6 +90,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m pytest -o addopts="--import-mode=importlib" -o testpaths=benchmarks --benchmark-only benchmarks $(ARGS)
 	$(BIN)/python benchmarks/step_time.py --backend pyro
 	$(BIN)/python benchmarks/step_time.py --backend numpyro
+	$(BIN)/python benchmarks/families.py --backend pyro
+	$(BIN)/python benchmarks/families.py --backend numpyro
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

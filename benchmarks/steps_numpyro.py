@@ -16,8 +16,8 @@ from flax import nnx
 from numpyro.contrib.module import nnx_module
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 
+from numpyro_vae_ext import guides
 from numpyro_vae_ext.elbos import ImportanceWeightedELBO
-from numpyro_vae_ext.guides import MeanField
 
 NUM_PIXELS, WIDTH, LATENT_DIM, BATCH = 64, 100, 10, 50
 
@@ -125,12 +125,12 @@ def plain(num_particles, gradient):
     return update, (params, adam.init(params), jax.random.key(0))
 
 
-def svi(elbo):
+def svi(elbo, family="MeanField"):
     """Update and state of the host's SVI."""
     rngs = nnx.Rngs(0)
     encoder = MLP(NUM_PIXELS, WIDTH, WIDTH, rngs=rngs)
     decoder = MLP(LATENT_DIM, WIDTH, WIDTH, NUM_PIXELS, rngs=rngs)
-    posterior = MeanField(LATENT_DIM, context_dim=WIDTH, rngs=rngs)
+    posterior = getattr(guides, family)(LATENT_DIM, context_dim=WIDTH, rngs=rngs)
 
     def model(x):
         decode = nnx_module("decoder", decoder)
@@ -167,6 +167,18 @@ def steps(num_particles, gradient, hosts=True, scan=1):
         candidates["Trace_ELBO, SVI"] = svi(Trace_ELBO(num_particles=num_particles))
         if num_particles > 1:
             candidates["RenyiELBO, SVI"] = svi(RenyiELBO(alpha=0, num_particles=num_particles))
+    return _compiled(candidates, scan)
+
+
+def families(names, num_particles, gradient):
+    """Steps of the guide families in the host's SVI, named by family."""
+    numpyro.enable_validation(False)
+    options = {"num_particles": num_particles, "gradient": gradient}
+    return _compiled({name: svi(ImportanceWeightedELBO(**options), name) for name in names}, 1)
+
+
+def _compiled(candidates, scan):
+    """Callables that run `scan` steps of each candidate `(update, state)`."""
     batch = _batch()
 
     def bind(update, state):

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 from torch import nn
 
+from pyro_vae_ext import guides
 from pyro_vae_ext.elbos import ImportanceWeightedELBO
-from pyro_vae_ext.guides import MeanField
 
 NUM_PIXELS, WIDTH, LATENT_DIM, BATCH = 64, 100, 10, 50
 
@@ -40,9 +40,9 @@ def _batch():
     return torch.from_numpy((rng.random((BATCH, NUM_PIXELS)) < 0.3).astype(np.float32))
 
 
-def _program(register):
+def _program(register, family="MeanField"):
     encoder, decoder = _networks()
-    posterior = MeanField(LATENT_DIM, context_dim=WIDTH)
+    posterior = getattr(guides, family)(LATENT_DIM, context_dim=WIDTH)
     prior = dist.Normal(torch.zeros(LATENT_DIM), torch.ones(LATENT_DIM)).to_event(1)
 
     def model(x):
@@ -101,15 +101,15 @@ def plain(num_particles, gradient):
     return step
 
 
-def svi(elbo):
+def svi(elbo, family="MeanField"):
     """A step of the host's SVI, with the host's Adam."""
-    model, guide, _ = _program(pyro.module)
+    model, guide, _ = _program(pyro.module, family)
     return SVI(model, guide, pyro.optim.Adam({"lr": 2e-3}), elbo).step
 
 
-def module(elbo):
+def module(elbo, family="MeanField"):
     """The loss as a module, outside the parameter store, with one Adam of PyTorch."""
-    model, guide, modules = _program(lambda name, module: None)
+    model, guide, modules = _program(lambda name, module: None, family)
     loss_module = elbo(model, guide)
     adam = torch.optim.Adam(modules.parameters(), lr=2e-3)
 
@@ -148,3 +148,17 @@ def steps(num_particles, gradient, hosts=True):
         return lambda: step(batch)
 
     return {name: bind(step) for name, step in candidates.items()}
+
+
+def families(names, num_particles, gradient):
+    """Steps of the guide families through the loss as a module, named by family."""
+    pyro.clear_param_store()
+    pyro.enable_validation(False)
+    torch.set_num_threads(1)
+    batch = _batch()
+
+    def bind(name):
+        step = module(ImportanceWeightedELBO(num_particles, gradient=gradient), name)
+        return lambda: step(batch)
+
+    return {name: bind(name) for name in names}

@@ -32,7 +32,7 @@ def squared_exponential(a: jax.Array, b: jax.Array) -> jax.Array:
         ``(*batch, n, m)``.
     """
     squares = (a**2).sum(-1)[..., :, None] + (b**2).sum(-1)[..., None, :]
-    return jnp.exp(-0.5 * jnp.maximum(squares - 2.0 * a @ b.mT, 0.0))
+    return jnp.exp(a @ b.mT - 0.5 * squares)
 
 
 @dataclass
@@ -79,9 +79,12 @@ class Process:
             :math:`K_{ss}^{-1} K_{sx}` of shape ``(*batch, num_inducing, n)``, and the diagonal of
             the conditional covariance, ``(*batch, n)``.
         """
-        solved, weights = self._solve(inputs * self._inverse)
-        single = (inputs * self._inverse)[..., None, :]
-        prior = self.kernel(single, single)[..., 0, 0]
+        scaled = inputs * self._inverse
+        solved, weights = self._solve(scaled)
+        prior: jax.Array | float = 1.0
+        if self.kernel is not squared_exponential:
+            single = scaled[..., None, :]
+            prior = self.kernel(single, single)[..., 0, 0]
         # Never below the noise, whatever the rounding.
         rest = jnp.maximum(prior - (solved**2).sum(-2), 0.0)
         variance = rest + self._noise[..., None]

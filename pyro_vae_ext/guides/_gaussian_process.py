@@ -29,7 +29,7 @@ def squared_exponential(a: Tensor, b: Tensor) -> Tensor:
         ``(*batch, n, m)``.
     """
     squares = a.square().sum(-1).unsqueeze(-1) + b.square().sum(-1).unsqueeze(-2)
-    return (-0.5 * (squares - 2.0 * a @ b.mT).clamp(min=0.0)).exp()
+    return (a @ b.mT - 0.5 * squares).exp()
 
 
 @dataclass
@@ -76,9 +76,12 @@ class Process:
             :math:`K_{ss}^{-1} K_{sx}` of shape ``(*batch, num_inducing, n)``, and the diagonal of
             the conditional covariance, ``(*batch, n)``.
         """
-        solved, weights = self._solve(inputs * self._inverse)
-        single = (inputs * self._inverse).unsqueeze(-2)
-        prior = self.kernel(single, single)[..., 0, 0]
+        scaled = inputs * self._inverse
+        solved, weights = self._solve(scaled)
+        prior: Tensor | float = 1.0
+        if self.kernel is not squared_exponential:
+            single = scaled.unsqueeze(-2)
+            prior = self.kernel(single, single)[..., 0, 0]
         # Never below the noise, whatever the rounding.
         rest = (prior - solved.square().sum(-2)).clamp(min=0.0)
         variance = rest + self._noise.unsqueeze(-1)

@@ -1,0 +1,55 @@
+"""Time of one training step of the digits VAE by guide family, against the mean-field one.
+
+    python benchmarks/families.py --backend pyro
+    python benchmarks/families.py --backend numpyro
+
+The networks, the batch and the way of measuring are those of `step_time.py`; the families have
+their default options (VGP: 50 variational data). In Pyro the step is the objective as a module
+with one Adam of PyTorch, in NumPyro the host's compiled `SVI.update`.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import step_time
+
+CASES = ((1, "reparam"), (1, "stl"), (5, "reparam"), (5, "dreg"))
+FAMILIES = ("MeanField", "IAF", "Auxiliary", "VGP")
+
+
+def main(args):
+    """Run all cases and print a table; return the results."""
+    module = importlib.import_module(f"steps_{args.backend}")
+    rounds, block, warmup = (2, 2, 2) if args.smoke_test else (args.rounds, args.block, 20)
+    results = []
+    print(f"{'K':>3}  {'gradient':8}  {'family':10}  {'us/step':>9}  {'ratio':>6}")
+    for num_particles, gradient in CASES[:1] if args.smoke_test else CASES:
+        steps = module.families(FAMILIES, num_particles, gradient)
+        for name, result in step_time.measure(steps, rounds, block, warmup).items():
+            results.append({"K": num_particles, "gradient": gradient, "family": name, **result})
+            print(
+                f"{num_particles:>3}  {gradient:8}  {name:10}  "
+                f"{result['microseconds']:>9.1f}  {result['ratio']:>6.3f}",
+                flush=True,
+            )
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=("pyro", "numpyro"), required=True)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--block", type=int, default=15)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--smoke-test", action="store_true")
+    settings = step_time.ONE_THREAD
+    if any(os.environ.get(name) != value for name, value in settings.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
+    main(parser.parse_args())
