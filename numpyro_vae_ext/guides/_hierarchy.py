@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from flax import nnx
+from numpyro.distributions.distribution import Unit
 
 from numpyro_vae_ext.guides._base import DirectFamily, GuideFamily
 
@@ -90,6 +91,13 @@ def drawn(
     return value, distribution.log_prob(value, kept) if kept else distribution.log_prob(value)
 
 
+class _PathUnit(Unit):
+    """The host's factor, whose number is differentiable: no score stands in for its gradient."""
+
+    reparametrized_params = ["log_factor"]
+
+
 def reverse_factor(name: str, log_reverse: jax.Array) -> None:
     """The factor by which a reverse model enters the guide of the site ``name``."""
-    numpyro.factor(f"{name}_reverse", -log_reverse)
+    unit = _PathUnit(-log_reverse)
+    numpyro.sample(f"{name}_reverse", unit, obs=unit.sample(None), infer=AUXILIARY)

@@ -23,7 +23,6 @@ from pyro_vae_ext.guides._hierarchy import (
 from pyro_vae_ext.guides._normal import CarryingNormal
 from pyro_vae_ext.guides.mean_field import MeanField
 
-_HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 _LENGTHSCALE = 1.0  # at the start, in units of a standard Normal's own size
 _SCALE = 0.3  # of z around the process at the start, where the process has an output of its own
 
@@ -37,15 +36,17 @@ class VGP(GuideFamily):
         z_i \sim N(\mu_i(c) + f_i(\xi),\, \sigma_i(c)^2)
 
     The variational data :math:`(s, t)` bend the inputs' Normal into any density. The kernel is
-    :math:`K(x, y) = \alpha^2\, k(x / \ell, y / \ell)` with a length scale per input (ARD). A
-    reverse model :math:`r(\xi, f \mid z, c) = r(\xi \mid z, c)\, r(f \mid \xi, z, c)` makes the
-    guide's log-density :math:`\log q(\xi) + \log q(f \mid \xi) + \log q(z \mid f) - \log r`. Its
-    first factor is a learned family. The best of all second factors is known, the Gaussian
-    :math:`q(f \mid \xi, z, c)`, and takes the place of the paper's learned one: given
-    :math:`\xi`, nothing of the bound is lost.
+    :math:`K(x, y) = \alpha^2\, k(x / \ell, y / \ell)` with a length scale per input (ARD). Process
+    and likelihood are Gaussian: with the process's mean :math:`m(\xi)` and variance
+    :math:`v(\xi)`, :math:`q(z_i \mid \xi, c) = N(\mu_i + m_i,\, v + \sigma_i^2)` is drawn as one.
+    The paper's reverse model :math:`r(\xi \mid z, c)\, r(f \mid \xi, z, c)` has a second factor
+    whose optimum is known, :math:`q(f \mid \xi, z, c)`; with it :math:`f` cancels draw by draw,
+    and the guide's log-density is
 
-    The sites are ``{name}_xi`` and ``{name}_f`` (auxiliary), ``{name}``, and the factor
-    ``{name}_reverse``. It starts near the identity: targets are equal to sources.
+    .. math:: \log q(\xi) + \log q(z \mid \xi, c) - \log r(\xi \mid z, c).
+
+    The sites are ``{name}_xi`` (auxiliary), ``{name}``, and the factor ``{name}_reverse``. It
+    starts near the identity: targets are equal to sources.
 
     The Cholesky factor costs :math:`O(m^3)` once per step, whatever the number of particles and
     rows, and every draw :math:`O(m^2)`; with ``amortize="all"`` each row of the context has
@@ -205,12 +206,8 @@ class VGP(GuideFamily):
     def _sample(self, name: str, context: Tensor | None, infer: Any) -> Tensor:
         law = self._law(context)
         xi = pyro.sample(f"{name}_xi", law.inputs().to_event(1), infer=AUXILIARY)
-        process = law.process_at(xi)
-        f = pyro.sample(f"{name}_f", CarryingNormal(*process).to_event(1), infer=AUXILIARY)
-        likelihood = CarryingNormal(law.loc + f, law.log_scale.expand_as(f))
-        value = pyro.sample(name, likelihood.to_event(1), infer=infer)
-        log_reverse = self.reverse.log_prob(xi, joined(value, context))
-        reverse_factor(name, log_reverse + law.log_reverse(f, value, process))
+        value = pyro.sample(name, law.given(xi).to_event(1), infer=infer)
+        reverse_factor(name, self.reverse.log_prob(xi, joined(value, context)))
         return value
 
     def _log_prob(self, value: Tensor, context: Tensor | None, num_samples: int) -> Tensor:
@@ -221,8 +218,10 @@ class VGP(GuideFamily):
         law = self._law(context)
         reverse = self.reverse.distribution(joined(value, context))
         xi = reverse.rsample((num_samples,))
-        log_weights = law.inputs().to_event(1).log_prob(xi) - reverse.log_prob(xi)
-        log_weights = log_weights + law.log_marginal(value, law.process_at(xi))
+        log_joint = law.inputs().to_event(1).log_prob(xi) + law.given(xi).to_event(1).log_prob(
+            value
+        )
+        log_weights = log_joint - reverse.log_prob(xi)
         return log_weights.logsumexp(0) - math.log(num_samples)
 
 
@@ -242,8 +241,8 @@ class _Law(NamedTuple):
         zeros = self.loc.new_zeros(()).expand(*batch, self.family.input_dim)
         return CarryingNormal(zeros, zeros)
 
-    def process_at(self, xi: Tensor) -> tuple[Tensor, Tensor]:
-        """Location and log-scale of f at inputs ``(*batch, input_dim)``, one draw a row."""
+    def given(self, xi: Tensor) -> Any:
+        """The Normal of z at inputs ``(*batch, input_dim)``, one draw of the process a row."""
         # All rows of one process are the columns of one solve.
         rows = self.process.sources.dim() - 2
         batch = xi.shape[:-1]
@@ -252,27 +251,9 @@ class _Law(NamedTuple):
         weights, variance = self.process.weights(columns)
         weights = weights.movedim(-1, 0).reshape(*batch, -1)
         variance = variance.movedim(-1, 0).reshape(*batch, 1)
-        loc = torch.einsum("...m,...md->...d", weights, self.targets)
-        return loc, (0.5 * variance.log()).expand_as(loc)
-
-    def log_reverse(self, f: Tensor, value: Tensor, process: tuple[Tensor, Tensor]) -> Tensor:
-        """Log-density of q(f | xi, z), the reverse model of f, ``(*batch,)``."""
-        prior, log_prior = process
-        log_total = torch.logaddexp(2.0 * log_prior, 2.0 * self.log_scale)
-        gain = (2.0 * log_prior - log_total).exp()
-        loc = prior + gain * (value - self.loc - prior)
-        log_scale = log_prior + self.log_scale - 0.5 * log_total
-        return _log_normal((f - loc) * (-log_scale).exp(), log_scale)
-
-    def log_marginal(self, value: Tensor, process: tuple[Tensor, Tensor]) -> Tensor:
-        """Log-density of z given the inputs alone, f integrated out, ``(*batch,)``."""
-        prior, log_prior = process
-        log_scale = 0.5 * torch.logaddexp(2.0 * log_prior, 2.0 * self.log_scale)
-        return _log_normal((value - self.loc - prior) * (-log_scale).exp(), log_scale)
-
-
-def _log_normal(noise: Tensor, log_scale: Tensor) -> Tensor:
-    return (-0.5 * noise.square() - log_scale - _HALF_LOG_2PI).sum(-1)
+        mean = torch.einsum("...m,...md->...d", weights, self.targets)
+        total = variance + (2.0 * self.log_scale).exp()
+        return CarryingNormal(self.loc + mean, 0.5 * total.log())
 
 
 def _matrix(name: str, values: Any, width: int) -> Tensor:

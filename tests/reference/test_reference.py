@@ -6,6 +6,7 @@ from scipy import integrate, stats
 from scipy.optimize import minimize
 
 from . import (
+    auxiliary,
     complex_step,
     conjugate,
     iaf,
@@ -14,6 +15,7 @@ from . import (
     mean_field,
     ppca,
     signal_to_noise,
+    vgp,
 )
 
 
@@ -332,3 +334,160 @@ def test_signal_to_noise_slopes():
     assert found["stl"][0] == pytest.approx(0.5, abs=0.05)
     assert found["dreg"][0] == pytest.approx(0.41, abs=0.05)
     assert found["dreg"][1] > 0.45
+
+
+def test_the_process_is_the_conditional_of_the_joint_normal():
+    """By the blocks of the joint precision matrix, in place of Schur's complement."""
+    rng = np.random.default_rng(8)
+    sources, targets, x = (rng.standard_normal(shape) for shape in ((6, 2), (6, 3), (4, 2)))
+    log_lengthscale, log_amplitude, jitter = np.array([0.3, -0.2]), 0.4, 1e-2
+    points = np.concatenate([sources, x])
+    joint = np.empty((10, 10))
+    for i, j in np.ndindex(10, 10):
+        square = np.sum(((points[i] - points[j]) / np.exp(log_lengthscale)) ** 2)
+        joint[i, j] = np.exp(log_amplitude) ** 2 * (np.exp(-square / 2) + jitter * (i == j))
+    precision = np.linalg.inv(joint)
+    covariance = np.linalg.inv(precision[6:, 6:])
+    found = vgp.conditional(x, sources, targets, log_lengthscale, log_amplitude, jitter)
+    np.testing.assert_allclose(found[0], -covariance @ precision[6:, :6] @ targets, atol=1e-10)
+    np.testing.assert_allclose(found[1], covariance, atol=1e-10)
+
+
+class Midpoints:
+    """In the place of a generator: the quantiles of a standard Normal, one a row."""
+
+    def standard_normal(self, shape):
+        levels = (np.arange(shape[0]) + 0.5) / shape[0]
+        return np.broadcast_to(stats.norm.ppf(levels).reshape(-1, *[1] * (len(shape) - 1)), shape)
+
+
+def small_vgp():
+    """A process in one dimension with a linear reverse model, and a context of width 2."""
+    rng = np.random.default_rng(9)
+    weights = {
+        "sources": np.linspace(-2.0, 2.0, 5)[:, None],
+        "targets": rng.standard_normal((5, 1)),
+        "log_lengthscale": np.array([-0.1]),
+        "log_amplitude": np.array(0.2),
+        "targets_head.weight": 0.3 * rng.standard_normal((5, 2)),
+        "base.loc.weight": 0.5 * rng.standard_normal((1, 2)),
+        "base.loc.bias": np.array([0.3]),
+        "base.log_scale.weight": 0.2 * rng.standard_normal((1, 2)),
+        "base.log_scale.bias": np.array([-0.5]),
+        "reverse.loc.weight": 0.4 * rng.standard_normal((1, 3)),
+        "reverse.loc.bias": np.array([-0.2]),
+        "reverse.log_scale.weight": 0.1 * rng.standard_normal((1, 3)),
+        "reverse.log_scale.bias": np.array([0.1]),
+    }
+    return weights, rng.standard_normal(2)
+
+
+def test_the_reverse_model_of_the_process_output_is_exact():
+    """log q - log r does not depend on f: it is log q(xi) q(z | xi) / r(xi | z), by quadrature."""
+    weights, context = small_vgp()
+    z, xi, options = np.array([0.7]), np.array([0.4]), {"jitter": 1e-2}
+    mean, log_sd = vgp.process(xi, weights, context, **options)
+    loc, log_scale = (
+        weights[f"base.{head}.weight"] @ context + weights[f"base.{head}.bias"]
+        for head in ("loc", "log_scale")
+    )
+
+    def joint(f):
+        return stats.norm.pdf(f, mean[0], np.exp(log_sd[0])) * stats.norm.pdf(
+            z[0], loc[0] + f, np.exp(log_scale[0])
+        )
+
+    marginal, _ = integrate.quad(joint, mean[0] - 10, mean[0] + 10, points=[mean[0]], limit=200)
+    seen = np.concatenate([z, context])
+    reverse = stats.norm(
+        *(
+            link(weights[f"reverse.{head}.weight"] @ seen + weights[f"reverse.{head}.bias"])[0]
+            for head, link in (("loc", np.array), ("log_scale", np.exp))
+        )
+    )
+    expected = stats.norm.logpdf(xi[0]) + np.log(marginal) - reverse.logpdf(xi[0])
+    for f in (-2.0, 0.1, 3.0):
+        values = {"xi": xi, "f": np.array([f]), "z": z}
+        found = vgp.log_density_with_f(values, weights, context, **options)
+        assert found == pytest.approx(expected, abs=1e-7)
+    assert vgp.log_density(values, weights, context, **options) == pytest.approx(found, abs=1e-12)
+
+
+def test_the_density_of_a_vgp_integrates_to_its_marginal():
+    """E of q(z | f) under q(xi) q(f | xi), and of q / r under r, are both exp(log_marginal)."""
+    weights, context = small_vgp()
+    z, options = np.array([0.7]), {"jitter": 1e-2}
+    grid = np.linspace(-8.0, 8.0, 801)[:, None]
+    mean, log_sd = vgp.process(grid, weights, context, **options)
+    loc, log_scale = (
+        weights[f"base.{head}.weight"] @ context + weights[f"base.{head}.bias"]
+        for head in ("loc", "log_scale")
+    )
+    noise = np.linspace(-8.0, 8.0, 401)
+    f = mean + np.exp(log_sd) * noise
+    given_xi = np.sum(
+        stats.norm.pdf(z, loc + f, np.exp(log_scale)) * stats.norm.pdf(noise), axis=-1
+    ) * (noise[1] - noise[0])
+    step = grid[1, 0] - grid[0, 0]
+    direct = np.sum(stats.norm.pdf(grid[:, 0]) * given_xi) * step
+
+    seen = np.concatenate([z, context])
+    reverse = stats.norm(
+        weights["reverse.loc.weight"] @ seen + weights["reverse.loc.bias"],
+        np.exp(weights["reverse.log_scale.weight"] @ seen + weights["reverse.log_scale.bias"]),
+    )
+    values = {"xi": grid, "z": np.broadcast_to(z, grid.shape)}
+    log_ratio = vgp.log_density(values, weights, context, **options)
+    weighed = np.sum(reverse.pdf(grid[:, 0]) * np.exp(log_ratio)) * step
+    assert weighed == pytest.approx(direct, rel=1e-8)
+    found = vgp.log_marginal(z, weights, context, Midpoints(), 2000, **options)
+    assert found == pytest.approx(np.log(direct), abs=1e-4)
+
+
+@pytest.mark.parametrize("context_dim", [None, 2])
+def test_auxiliary_with_an_exact_reverse_model_is_the_marginal_normal(context_dim):
+    """Linear Gaussian throughout: log q(a) + log q(z | a) - log q(a | z) at any a."""
+    rng = np.random.default_rng(10)
+    width = context_dim or 0
+    context = None if context_dim is None else rng.standard_normal((5, context_dim))
+    log_aux, log_conditional = 0.3 * rng.standard_normal(2), 0.3 * rng.standard_normal(3)
+    # Columns that are orthogonal in units of the noise: the posterior of a is a diagonal Normal.
+    frame, _ = np.linalg.qr(rng.standard_normal((3, 2)))
+    gains = np.array([1.3, 0.6])
+    loading = np.exp(log_conditional)[:, None] * frame * gains
+    through = rng.standard_normal((3, width))  # of the context on z, given a
+    bias = rng.standard_normal(3)
+    prior, prior_bias = rng.standard_normal((2, width)), rng.standard_normal(2)
+    variance = 1.0 / (np.exp(-2.0 * log_aux) + gains**2)
+    pull = variance[:, None] * loading.T * np.exp(-2.0 * log_conditional)
+    shrink = variance * np.exp(-2.0 * log_aux)
+    weights = {
+        "conditional.loc.weight": np.concatenate([loading, through], axis=1),
+        "conditional.loc.bias": bias,
+        "conditional.log_scale.weight": np.zeros((3, 2 + width)),
+        "conditional.log_scale.bias": log_conditional,
+        "reverse.loc.weight": np.concatenate(
+            [pull, shrink[:, None] * prior - pull @ through], axis=1
+        ),
+        "reverse.loc.bias": shrink * prior_bias - pull @ bias,
+        "reverse.log_scale.weight": np.zeros((2, 3 + width)),
+        "reverse.log_scale.bias": 0.5 * np.log(variance),
+    }
+    if context is None:
+        weights |= {"aux.loc": prior_bias, "aux.log_scale": log_aux}
+        mean_a, shift = np.broadcast_to(prior_bias, (5, 2)), 0.0
+    else:
+        weights |= {
+            "aux.loc.weight": prior,
+            "aux.loc.bias": prior_bias,
+            "aux.log_scale.weight": np.zeros((2, width)),
+            "aux.log_scale.bias": log_aux,
+        }
+        mean_a, shift = context @ prior.T + prior_bias, context @ through.T
+    mean = mean_a @ loading.T + shift + bias
+    covariance = np.diag(np.exp(2.0 * log_conditional))
+    covariance = covariance + loading @ np.diag(np.exp(2.0 * log_aux)) @ loading.T
+    a, z = 2.0 * rng.standard_normal((5, 2)), 2.0 * rng.standard_normal((5, 3))
+    found = auxiliary.log_density({"aux": a, "z": z}, weights, context)
+    expected = stats.multivariate_normal(cov=covariance).logpdf(z - mean)
+    np.testing.assert_allclose(found, expected, atol=1e-12)

@@ -2,7 +2,7 @@
 
 `xi ~ N(0, I)`, `f_i(xi) ~ GP(0, K) | {(s_n, t_ni)}`, `z_i ~ N(mu_i + f_i, sigma_i^2)`, with the
 kernel `K(x, y) = alpha^2 (k(x / l, y / l) + jitter k(0, 0) [x is y])` and the reverse model
-`r(xi | z, c) q(f | xi, z, c)`.
+`r(xi | z, c) q(f | xi, z, c)`, with which `f` drops out.
 
 The systems are solved as they stand, with a general solver and a row at a time: nothing is shared
 with a Cholesky factor.
@@ -67,13 +67,31 @@ def process(xi, weights, context=None, *, amortize=None, jitter=1e-4, **_):
 
 
 def log_density(values, weights, context=None, **case):
-    """`log q(xi) + log q(f | xi) + log q(z | f) - log r(xi, f | z)`, `(*batch,)`.
+    """`log q(xi) + log q(z | xi) - log r(xi | z)`, the guide's total, `(*batch,)`.
 
     Args:
-        values: `xi`, `f` and `z`.
+        values: `xi` and `z`.
         weights: arrays named as in a PyTorch state dict.
         context: `(*batch, context_dim)` or `None`.
         case: the family's arguments.
+    """
+    xi, z = values["xi"], values["z"]
+    activation = case.get("activation", "elu")
+    mean, log_sd = process(xi, weights, context, **case)
+    loc, log_scale = mean_field.heads(part(weights, "base."), context)
+    zeros = np.zeros(xi.shape)
+    log_q = mean_field.log_prob(xi, zeros, zeros)
+    log_total = 0.5 * np.log(np.exp(2.0 * log_sd) + np.exp(2.0 * log_scale))
+    log_q = log_q + mean_field.log_prob(z, loc + mean, log_total)
+    return log_q - log_prob(
+        xi, part(weights, "reverse."), joined(z, context), case.get("reverse_family"), activation
+    )
+
+
+def log_density_with_f(values, weights, context=None, **case):
+    """The same with the process's value `f` drawn as well, and `q(f | xi, z)` in `r` (the paper's).
+
+    Equal to `log_density` whatever `f` is: this is why `f` need not be drawn.
     """
     xi, f, z = values["xi"], values["f"], values["z"]
     activation = case.get("activation", "elu")

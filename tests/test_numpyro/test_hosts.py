@@ -33,7 +33,7 @@ X = np.array([0.8, -0.4, 1.1])
 
 
 @pytest.mark.parametrize("amortised", [True, False])
-@pytest.mark.parametrize("name", ["MeanField", "IAF"])
+@pytest.mark.parametrize("name", ["MeanField", "IAF", "Auxiliary", "VGP"])
 @pytest.mark.parametrize(
     ("host", "particles"),
     [

@@ -21,7 +21,7 @@ MEMBERS = [
     for i, case in enumerate(CASES["guides"][name])
 ]
 REFERENCES: dict[str, Callable] = {"Auxiliary": auxiliary.log_density, "VGP": vgp.log_density}
-SITES = {"Auxiliary": ("z_aux", "z"), "VGP": ("z_xi", "z_f", "z")}
+SITES = {"Auxiliary": ("z_aux", "z"), "VGP": ("z_xi", "z")}
 close = {"rtol": 1e-9, "atol": 1e-9}
 
 
@@ -35,7 +35,7 @@ def test_samples_and_log_densities(monkeypatch: pytest.MonkeyPatch, name: str, c
     dim = case["latent_dim"]
     widths = {
         "Auxiliary": (case.get("aux_dim", dim), dim),
-        "VGP": (case.get("input_dim", dim), dim, dim),
+        "VGP": (case.get("input_dim", dim), dim),
     }[name]
     noise = [rng.standard_normal((3, ROWS, width)) for width in widths]
     given = None if context is None else torch.tensor(context)

@@ -118,7 +118,7 @@ def test_loss_and_every_gradient(
     shapes = {"encoder": (7, 5), "decoder": (3, 7)}
     weights = {key: 0.5 * rng.standard_normal(shape) for key, shape in shapes.items()}
     x = (rng.random((ROWS, 7)) < 0.4).astype(float)
-    sites = {"Auxiliary": (2, 3), "VGP": (options.get("input_dim", 3), 3, 3)}.get(name, (3,))
+    sites = {"Auxiliary": (2, 3), "VGP": (options.get("input_dim", 3), 3)}.get(name, (3,))
     noise = [rng.standard_normal((num_particles, ROWS, width)) for width in sites]
     tensors = {key: torch.tensor(value, requires_grad=True) for key, value in weights.items()}
 

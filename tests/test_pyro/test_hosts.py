@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import HIERARCHICAL
 from pyro import infer
 from pyro.infer import autoguide
 from reference import conjugate as oracle
@@ -21,8 +22,8 @@ from pyro_vae_ext.elbos import ImportanceWeightedELBO
 STEPS = 150
 
 
-def train(model, guide, elbo, steps: int = STEPS) -> None:
-    optim = pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.1 ** (1 / steps)})
+def train(model, guide, elbo, steps: int = STEPS, rate: float = 0.1) -> None:
+    optim = pyro.optim.ClippedAdam({"lr": rate, "lrd": 0.1 ** (1 / steps)})
     svi = infer.SVI(model, guide, optim, elbo)
     for _ in range(steps):
         svi.step()
@@ -43,16 +44,28 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize(("name", "local"), [("MeanField", True), ("IAF", True), ("IAF", False)])
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        ("MeanField", True),
+        ("IAF", True),
+        ("IAF", False),
+        ("Auxiliary", True),
+        ("Auxiliary", False),
+        ("VGP", True),
+        ("VGP", False),
+    ],
+)
 def test_families_under_host_objectives(name: str, objective: str, local: bool) -> None:
     """The host's number agrees with ours, stays below the evidence, and trains to it."""
     x, mu = torch.randn(5, 2), torch.zeros(2)
+    small = {"hidden_dims": (16,)} if name in HIERARCHICAL else {}
     if local:
-        posterior = family(name, latent_dim=2, context_dim=2)
+        posterior = family(name, latent_dim=2, context_dim=2, **small)
         model, guide = conjugate(x, mu), amortised(posterior, x)
         evidence = oracle.log_evidence(x.cpu().numpy(), 0.0).sum()
     else:
-        posterior = family(name, latent_dim=2)
+        posterior = family(name, latent_dim=2, **small)
         evidence = oracle.global_log_evidence(x.cpu().numpy(), 0.0)
 
         def model() -> None:
@@ -76,10 +89,15 @@ def test_families_under_host_objectives(name: str, objective: str, local: bool) 
     assert abs(theirs.mean() - own.mean()).item() < 4 * error
     assert theirs.mean().item() < evidence + 4 * theirs.std().item() / math.sqrt(150)
     before = theirs.mean().item()
-    train(model, guide, elbo)
+    if name in HIERARCHICAL:
+        train(model, guide, elbo, 500, 0.02)
+    else:
+        train(model, guide, elbo)
     after = bound(elbo)
     assert after.mean().item() > before
-    assert after.mean().item() == pytest.approx(evidence, abs=0.35)
+    # The map of a process takes longer to lie flat.
+    gap = 1.2 if name == "VGP" else 0.35
+    assert evidence - gap < after.mean().item() < evidence + 0.35
 
 
 X = [[0.9], [-0.3], [1.4], [0.2]]
