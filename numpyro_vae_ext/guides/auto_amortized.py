@@ -75,18 +75,20 @@ class AutoAmortized(FamilyGuide):
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from flax import nnx
         >>> from numpyro.handlers import seed
-        >>> from numpyro_vae_ext.diagnostics import log_evidence
         >>> def model(x):
+        ...     loc = numpyro.sample("loc", dist.Normal(0.0, 1.0))
         ...     with numpyro.plate("data", len(x)):
-        ...         z = numpyro.sample("z", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
-        ...         numpyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
-        >>> encoder = nnx.Linear(1, 8, rngs=nnx.Rngs(0))
-        >>> guide = AutoAmortized(model, lambda x: encoder(x[:, None]))
-        >>> seed(guide, 0)(jnp.zeros(5))["z"].shape
-        (5, 2)
-        >>> key, new = jax.random.key(1), jnp.ones(3)
-        >>> log_evidence(key, model, guide, new, params={}, progress_bar=False).shape
-        (3,)
+        ...         z = numpyro.sample("z", dist.Normal(loc, jnp.ones(2)).to_event(1))
+        ...         numpyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+        >>> guide = AutoAmortized(model, nnx.Linear(2, 8, rngs=nnx.Rngs(0)))
+        >>> optim, loss = numpyro.optim.Adam(1e-3), numpyro.infer.Trace_ELBO()
+        >>> svi = numpyro.infer.SVI(model, guide, optim, loss)
+        >>> params = svi.get_params(svi.init(jax.random.key(0), jnp.zeros((10, 2))))
+        >>> draws = guide.sample_posterior(
+        ...     jax.random.key(1), params, jnp.zeros((3, 2)), sample_shape=(5,)
+        ... )
+        >>> draws["z"].shape
+        (5, 3, 2)
     """
 
     def __init__(

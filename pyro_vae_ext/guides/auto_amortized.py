@@ -69,7 +69,8 @@ class AutoAmortized(FamilyGuide):
 
     References:
         Kingma and Welling, 2014, *Auto-Encoding Variational Bayes*, arXiv:1312.6114, sec. 2
-        (local latents) and appendix F (global ones).
+        (local latents) and appendix F (global ones). Agrawal and Domke, 2021, *Amortized
+        Variational Inference for Simple Hierarchical Models*, arXiv:2111.03144.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist

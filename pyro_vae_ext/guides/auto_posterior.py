@@ -32,7 +32,8 @@ class AutoPosterior(FamilyGuide):
     comes from ``init_loc_fn`` at the first call; it is saved with the parameters and stays as it
     is, as :math:`s` does: what is learned is the family. The guide is global. It is one joint
     density, whose weight in an importance-weighted bound is joint as well, and the number of
-    latents must not change from call to call.
+    latents must not change from call to call. The supports are those of the first call: a bound
+    that depends on another latent is taken as it was then, as the host's AutoGuides take it.
 
     The family is built at the first call: call the guide once before loading a ``state_dict``.
     The parameters are ``latent.loc`` (without a gradient) and those of ``latent.family``, next to
