@@ -18,7 +18,7 @@ EXAMPLES = ROOT / "examples"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # Scripts that measure something else than a fit, and write a picture alone.
-WITHOUT_FITS = {"signal_to_noise"}
+WITHOUT_FITS = {"signal_to_noise", "energies_pyro", "energies_numpyro"}
 # What the user of a page that says "continues" has defined already.
 PRELUDE = {
     "pyro": """
