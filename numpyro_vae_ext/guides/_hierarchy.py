@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +75,10 @@ def built_direct(
 def keys_for(guide: str, rng_key: jax.Array | None, count: int) -> jax.Array:
     """``count`` keys from the one that was given, or from the surrounding handler's."""
     if rng_key is None:
-        rng_key = numpyro.prng_key()
+        with warnings.catch_warnings():
+            # The host warns where there is no handler, and we raise.
+            warnings.simplefilter("ignore", UserWarning)
+            rng_key = numpyro.prng_key()
     if rng_key is None:
         raise ValueError(
             f"Expected rng_key for the samples behind log_prob of {guide}; got None outside of a "
