@@ -48,8 +48,8 @@ class VGP(GuideFamily):
     The sites are ``{name}_xi`` (auxiliary), ``{name}``, and the factor ``{name}_reverse``. It
     starts near the identity: targets are equal to sources.
 
-    The Cholesky factor costs :math:`O(m^3)` once per step, whatever the number of particles and
-    rows, and every draw :math:`O(m^2)`; with ``amortize="all"`` each row of the context has
+    The Cholesky factor costs :math:`O(m^3)` once per run of the guide, whatever the number of rows
+    and of vectorised particles, and every draw :math:`O(m^2)`; with ``amortize="all"`` each row of the context has
     sources and a factor of its own, :math:`O(m^3)` per row.
 
     Args:
