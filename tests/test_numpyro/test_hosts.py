@@ -32,8 +32,17 @@ KEY = jax.random.key(6)
 X = np.array([0.8, -0.4, 1.1])
 
 
-@pytest.mark.parametrize("amortised", [True, False])
-@pytest.mark.parametrize("name", ["MeanField", "IAF", "Auxiliary", "VGP"])
+@pytest.mark.parametrize(
+    ("name", "amortised"),
+    [
+        ("MeanField", True),
+        ("MeanField", False),
+        ("IAF", True),
+        ("IAF", False),
+        ("Auxiliary", True),
+        ("VGP", False),
+    ],
+)
 @pytest.mark.parametrize(
     ("host", "particles"),
     [
