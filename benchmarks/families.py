@@ -10,9 +10,9 @@ with one Adam of PyTorch, in NumPyro the host's compiled `SVI.update`.
 
 import argparse
 import importlib
-import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import step_time
@@ -24,22 +24,8 @@ FAMILIES = ("MeanField", "IAF", "Auxiliary", "VGP")
 def main(args):
     """Run all cases and print a table; return the results."""
     module = importlib.import_module(f"steps_{args.backend}")
-    rounds, block, warmup = (2, 2, 2) if args.smoke_test else (args.rounds, args.block, 20)
-    results = []
-    print(f"{'K':>3}  {'gradient':8}  {'family':10}  {'us/step':>9}  {'ratio':>6}")
-    for num_particles, gradient in CASES[:1] if args.smoke_test else CASES:
-        steps = module.families(FAMILIES, num_particles, gradient)
-        for name, result in step_time.measure(steps, rounds, block, warmup).items():
-            results.append({"K": num_particles, "gradient": gradient, "family": name, **result})
-            print(
-                f"{num_particles:>3}  {gradient:8}  {name:10}  "
-                f"{result['microseconds']:>9.1f}  {result['ratio']:>6.3f}",
-                flush=True,
-            )
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
-    return results
+    cases = CASES[:1] if args.smoke_test else CASES
+    return step_time.compare(args, cases, "family", partial(module.families, FAMILIES))
 
 
 if __name__ == "__main__":

@@ -49,20 +49,24 @@ def measure(steps, rounds, block, warmup):
     }
 
 
-def main(args):
-    """Run all cases and print a table; return the results."""
-    module = importlib.import_module(f"steps_{args.backend}")
-    options = {"scan": args.scan} if args.backend == "numpyro" else {}
+def compare(args, cases, column, steps_of, steps_per_call=1):
+    """Time all candidates of all cases, print a table and write it; return the rows.
+
+    Args:
+        args: options `rounds`, `block`, `output` and `smoke_test`.
+        cases: pairs of particles and gradient.
+        column: what a candidate is called.
+        steps_of: the named candidates of particles and gradient.
+        steps_per_call: steps that one call of a candidate runs.
+    """
     rounds, block, warmup = (2, 2, 2) if args.smoke_test else (args.rounds, args.block, 20)
     results = []
-    print(f"{'K':>3}  {'gradient':8}  {'candidate':18}  {'us/step':>9}  {'ratio':>6}")
-    for num_particles, gradient in CASES:
-        hosts = gradient == "reparam"
-        steps = module.steps(num_particles, gradient, hosts=hosts, **options)
+    print(f"{'K':>3}  {'gradient':8}  {column:18}  {'us/step':>9}  {'ratio':>6}")
+    for num_particles, gradient in cases:
+        steps = steps_of(num_particles, gradient)
         for name, result in measure(steps, rounds, block, warmup).items():
-            result["microseconds"] /= args.scan
-            row = {"K": num_particles, "gradient": gradient, "candidate": name, **result}
-            results.append(row)
+            result["microseconds"] /= steps_per_call
+            results.append({"K": num_particles, "gradient": gradient, column: name, **result})
             print(
                 f"{num_particles:>3}  {gradient:8}  {name:18}  "
                 f"{result['microseconds']:>9.1f}  {result['ratio']:>6.3f}",
@@ -72,6 +76,17 @@ def main(args):
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(results, indent=2) + "\n")
     return results
+
+
+def main(args):
+    """Run all cases and print a table; return the results."""
+    module = importlib.import_module(f"steps_{args.backend}")
+    options = {"scan": args.scan} if args.backend == "numpyro" else {}
+
+    def steps_of(num_particles, gradient):
+        return module.steps(num_particles, gradient, hosts=gradient == "reparam", **options)
+
+    return compare(args, CASES, "candidate", steps_of, args.scan)
 
 
 if __name__ == "__main__":

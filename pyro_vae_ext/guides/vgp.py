@@ -49,8 +49,8 @@ class VGP(GuideFamily):
     starts near the identity: targets are equal to sources.
 
     The Cholesky factor costs :math:`O(m^3)` once per run of the guide, whatever the number of rows
-    and of vectorised particles, and every draw :math:`O(m^2)`; with ``amortize="all"`` each row of the context has
-    sources and a factor of its own, :math:`O(m^3)` per row.
+    and of vectorised particles, and every draw :math:`O(m^2)`; with ``amortize="all"`` each row of
+    the context has sources and a factor of its own, :math:`O(m^3)` per row.
 
     Args:
         latent_dim: Dimension of the latent vector :math:`z`.
@@ -218,9 +218,8 @@ class VGP(GuideFamily):
         law = self._law(context)
         reverse = self.reverse.distribution(joined(value, context))
         xi = reverse.rsample((num_samples,))
-        log_joint = law.inputs().to_event(1).log_prob(xi) + law.given(xi).to_event(1).log_prob(
-            value
-        )
+        log_inputs = law.inputs().to_event(1).log_prob(xi)
+        log_joint = log_inputs + law.given(xi).to_event(1).log_prob(value)
         log_weights = log_joint - reverse.log_prob(xi)
         return log_weights.logsumexp(0) - math.log(num_samples)
 
