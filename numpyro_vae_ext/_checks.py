@@ -72,6 +72,23 @@ def masks(fn: Any) -> list[Any]:
     return found
 
 
+def unmasked(fn: Any) -> Any:
+    """The distribution without its masks, which say nothing about its draws."""
+    if isinstance(fn, dist.MaskedDistribution):
+        return unmasked(fn.base_dist)
+    if not masks(fn):
+        return fn
+    if isinstance(fn, dist.Independent):
+        return unmasked(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
+    return unmasked(fn.base_dist).expand(fn.batch_shape)
+
+
+def is_discrete(fn: Any) -> bool:
+    """Whether the values are; a point mass is what its value is."""
+    support = unwrapped(fn).support
+    return support is not None and support.is_discrete
+
+
 def is_data(site: Any) -> bool:
     """Whether the site is observed and no mere factor."""
     return site["is_observed"] and not isinstance(unwrapped(site["fn"]), Unit)
@@ -206,6 +223,21 @@ def check_reparameterised(latents: Sites, gradient: str) -> None:
                 f"'{name}' with the distribution {type(unwrapped(site['fn'])).__name__}, which "
                 "has no reparameterised sampler. Marginalise it with the host's TraceEnum_ELBO, "
                 "or use an objective for discrete latents."
+            )
+
+
+def check_discrete(asked: Sites, given: Sites) -> None:
+    """A latent site is discrete in model and guide, or in neither."""
+    for name, site in given.items():
+        fns = [s["fn"] for s in (site, asked.get(name, site))]
+        if any(isinstance(unwrapped(fn), dist.Delta) for fn in fns):
+            continue
+        if is_discrete(fns[0]) != is_discrete(fns[1]):
+            shown = [type(unwrapped(fn)).__name__ for fn in fns]
+            raise ValueError(
+                f"Expected site '{name}' to be discrete in both model and guide; got {shown[0]} "
+                f"in the guide and {shown[1]} in the model. Use the same family of distributions "
+                "in both."
             )
 
 

@@ -1,39 +1,41 @@
-"""The only file that touches NumPyro's traces: a (model, guide) pair in, log-weights out.
+"""What a run is worth: a (model, guide) pair in, log-weights out.
 
 :func:`run` executes guide and model once, for one particle, and returns what an objective needs:
-the log-weights with the plate bookkeeping done. :func:`draw` also returns what was drawn. Both are
-pure functions of keys, parameters and data: callers ``vmap``, loop, differentiate and compile them.
+the log-weights with the plate bookkeeping done. :func:`draw` also returns what was drawn, and
+:func:`play` the sites themselves, at chosen values of the discrete ones. All are pure functions of
+keys, parameters and data: callers ``vmap``, loop, differentiate and compile them.
 """
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
-from numpyro.handlers import replay, seed, substitute, trace, uncondition
-from numpyro.primitives import Messenger
 
 from numpyro_vae_ext import _checks, _path
 from numpyro_vae_ext._checks import Plates
-
-Program = Callable[..., Any]
-Params = dict[str, Any]
-Sites = dict[str, Any]
-
-
-class Pair(NamedTuple):
-    """A model and a guide, and what they are called with."""
-
-    model: Program
-    guide: Program
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+from numpyro_vae_ext._record import (
+    Choose,
+    Pair,
+    Params,
+    Recorder,
+    Sites,
+    hard,
+    is_scored,
+    latent_sites,
+    log_probs,
+    mutable_state,
+    own_log_prob,
+    sample_sites,
+    scaled,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -46,12 +48,15 @@ class LogWeights:
         scale: The one scale of all sites, which multiplies the bound.
         state: New values of the mutable sites.
         plates: The common plates, from left to right; static.
+        score: The guide's log-density of its discrete sites, of the shape of ``value``; under
+            ``gradient="vimco"`` alone.
     """
 
     value: jax.Array
     scale: jax.Array
     state: Params
     plates: Plates = field(metadata={"static": True})
+    score: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -72,72 +77,6 @@ class Draw:
     predictive: dict[str, jax.Array]
     log_weights: LogWeights
     plates: tuple[tuple[str, Plates], ...] = field(metadata={"static": True})
-
-
-class _SharedSubsample(Messenger):
-    """Draws a plate's subsample from a key that all particles, guide and model share."""
-
-    def __init__(self, fn: Program, rng_key: jax.Array) -> None:
-        super().__init__(fn)
-        self.rng_key = rng_key
-
-    def process_message(self, msg: Any) -> None:
-        if msg["type"] == "plate" and msg["value"] is None:
-            name = zlib.crc32(msg["name"].encode())
-            msg["kwargs"]["rng_key"] = random.fold_in(self.rng_key, name)
-
-
-class _Recorder(NamedTuple):
-    """Runs guide and model under the key of one particle."""
-
-    pair: Pair
-    rng_key: jax.Array
-    plate_key: jax.Array
-
-    def guide(self, params: Params, values: Sites | None = None) -> Sites:
-        """Sites and mutable state of the guide, at given values where there are any."""
-        return self._record(self.pair.guide, random.split(self.rng_key)[1], params, values)
-
-    def model(self, params: Params, values: Sites) -> Sites:
-        """Sites and mutable state of the model at the guide's values."""
-        return self._record(self.pair.model, random.split(self.rng_key)[0], params, values)
-
-    def predictive(self, params: Params, values: Sites) -> Sites:
-        """The model at the guide's values, its observed sites drawn anew."""
-        key = random.fold_in(self.rng_key, 1)
-        return self._record(self.pair.model, key, params, values, uncondition)
-
-    def _record(
-        self, fn: Program, key: jax.Array, params: Params, values: Sites | None, *outer: Any
-    ) -> Sites:
-        # The seed is innermost: a replayed value leaves the keys of all other sites alone, and a
-        # plate uses up a key as it does in the host's own objectives.
-        fn = replay(_SharedSubsample(seed(fn, key), self.plate_key), values or {})
-        for handler in outer:
-            fn = handler(fn)
-        recorded = trace(substitute(fn, data=params))
-        return recorded.get_trace(*self.pair.args, **self.pair.kwargs)
-
-
-def _samples(recorded: Sites) -> Sites:
-    return {name: site for name, site in recorded.items() if site["type"] == "sample"}
-
-
-def _latents(recorded: Sites) -> Sites:
-    return {name: site for name, site in _samples(recorded).items() if not site["is_observed"]}
-
-
-def _state(recorded: Sites) -> Params:
-    return {name: site["value"] for name, site in recorded.items() if site["type"] == "mutable"}
-
-
-def _log_probs(recorded: Sites) -> dict[str, jax.Array]:
-    return {
-        name: site["fn"].log_prob(site["value"], site["intermediates"])
-        if site["intermediates"]
-        else site["fn"].log_prob(site["value"])
-        for name, site in _samples(recorded).items()
-    }
 
 
 def shared_key(rng_key: jax.Array) -> jax.Array:
@@ -166,49 +105,86 @@ def run(
         pair: The model and the guide.
         joint: Return the scaled sum of all log-densities, without the checks of a weight.
         gradient: Name of the estimator, which refuses latent sites without a reparameterised
-            sampler; None where no derivative is taken.
+            sampler unless it is ``"vimco"``; None where no derivative is taken.
         path: Leave out the derivative of the guide's log-density in its own parameters.
         weight: Multiply the derivative that reaches a sample from the densities by this, of the
             common plates' shape, once.
         plates: The common plates, which ``weight`` needs.
     """
-    record = _Recorder(pair, rng_key, plate_key)
-    drawn = record.guide(params)
-    latents = _latents(drawn)
-    if gradient is not None:
+    record = Recorder(pair, rng_key, plate_key)
+    scored = gradient == "vimco"
+    drawn = record.guide(params, choose=hard({}) if scored else None)
+    latents = latent_sites(drawn)
+    if gradient is not None and not scored:
         _checks.check_reparameterised(latents, gradient)
     if weight is not None:
         latents = _path.weighed(record.guide, params, latents, weight, plates)
     modelled = _modelled(record, params, drawn, latents)
     if path:
-        log_q = _path.path_log_probs(record.guide, params, _samples(drawn), latents)
+        log_q = _path.path_log_probs(record.guide, params, sample_sites(drawn), latents)
     else:
-        log_q = _log_probs(drawn)
-    state = lax.stop_gradient({**_state(drawn), **_state(modelled)})
+        log_q = log_probs(drawn, soft=scored)
+    state = lax.stop_gradient({**mutable_state(drawn), **mutable_state(modelled)})
+    log_p = log_probs(modelled, soft=scored)
     if joint:
-        total = _scaled_sum(modelled, _log_probs(modelled)) - _scaled_sum(drawn, log_q)
+        total = _scaled_sum(modelled, log_p) - _scaled_sum(drawn, log_q)
         return LogWeights(total, jnp.ones((), total.dtype), state, ())
-    return _weights(modelled, drawn, log_q, state)
+    if scored:
+        _checks.check_discrete(latent_sites(modelled), latents)
+    found = _weights(modelled, drawn, log_p, log_q, state)
+    if not scored:
+        return found
+    score = [
+        _checks.per_row(site, own_log_prob(site), found.plates)
+        for site in latents.values()
+        if is_scored(site)
+    ]
+    if not score:
+        warnings.warn(
+            "Expected discrete latent sites under gradient='vimco'; got none. Use "
+            "gradient='reparam'.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return replace(found, score=sum(score, start=jnp.zeros_like(found.value)))
+
+
+def play(
+    rng_key: jax.Array, plate_key: jax.Array, params: Params, pair: Pair, choose: Choose
+) -> tuple[Sites, Sites, Params]:
+    """Run guide and model once, at chosen values of the guide's discrete sites.
+
+    Returns:
+        The sample sites of the guide and of the model, and the mutable state.
+    """
+    record = Recorder(pair, rng_key, plate_key)
+    # What a program keeps in its mutable state must not end up in the caller's.
+    params = jax.tree.map(lambda x: x, params)
+    drawn = record.guide(params, choose=choose)
+    modelled = _modelled(record, params, drawn, latent_sites(drawn))
+    _checks.check_discrete(latent_sites(modelled), latent_sites(drawn))
+    state = lax.stop_gradient({**mutable_state(drawn), **mutable_state(modelled)})
+    return sample_sites(drawn), sample_sites(modelled), state
 
 
 def draw(
     rng_key: jax.Array, plate_key: jax.Array, params: Params, pair: Pair, *, predictive: bool
 ) -> Draw:
     """Draw from the guide once and weigh the draw; draw new data from it as well if asked."""
-    record = _Recorder(pair, rng_key, plate_key)
+    record = Recorder(pair, rng_key, plate_key)
     drawn = record.guide(params)
-    latents = _latents(drawn)
+    latents = latent_sites(drawn)
     modelled = _modelled(record, params, drawn, latents)
     kept = {k: site for k, site in latents.items() if not site["infer"].get("is_auxiliary")}
-    data = {k: site for k, site in _samples(modelled).items() if _checks.is_data(site)}
-    new = record.predictive({**params, **_state(drawn)}, latents) if predictive else {}
+    data = {k: site for k, site in sample_sites(modelled).items() if _checks.is_data(site)}
+    new = record.predictive({**params, **mutable_state(drawn)}, latents) if predictive else {}
     # The model's plates: a joint guide may draw all rows at once, outside of any.
     plates = {name: _plates(modelled[name]) for name in (*kept, *data)}
     return Draw(
         latent={name: _rows_first(modelled[name], site["value"]) for name, site in kept.items()},
         observed={name: _rows_first(site, site["value"]) for name, site in data.items()},
         predictive={name: _rows_first(data[name], new[name]["value"]) for name in data if new},
-        log_weights=_weights(modelled, drawn, _log_probs(drawn), {}),
+        log_weights=_weights(modelled, drawn, log_probs(modelled), log_probs(drawn), {}),
         plates=tuple(plates.items()),
     )
 
@@ -253,34 +229,34 @@ def _rows_first(site: Any, value: Any) -> jax.Array:
     return jnp.squeeze(value, tuple(range(len(rows), len(rows) + len(dropped))))
 
 
-def _modelled(record: _Recorder, params: Params, drawn: Sites, latents: Sites) -> Sites:
-    modelled = record.model({**params, **_state(drawn)}, latents)
-    _checks.check_match(_latents(modelled), latents)
-    _checks.check_data(_samples(modelled))
+def _modelled(record: Recorder, params: Params, drawn: Sites, latents: Sites) -> Sites:
+    modelled = record.model({**params, **mutable_state(drawn)}, latents)
+    _checks.check_match(latent_sites(modelled), latents)
+    _checks.check_data(sample_sites(modelled))
     return modelled
 
 
 def _weights(
-    modelled: Sites, drawn: Sites, log_q: dict[str, jax.Array], state: Params
+    modelled: Sites,
+    drawn: Sites,
+    log_p: dict[str, jax.Array],
+    log_q: dict[str, jax.Array],
+    state: Params,
 ) -> LogWeights:
-    given, asked = _samples(drawn), _samples(modelled)
+    given, asked = sample_sites(drawn), sample_sites(modelled)
     recorded = (*drawn.values(), *modelled.values())
     full_sizes = {site["name"]: site["args"][0] for site in recorded if site["type"] == "plate"}
     sites = (*asked.values(), *given.values())
     if not sites:
         raise ValueError("Expected a model with at least one sample site; got none.")
-    _checks.check_density(_latents(modelled), _latents(drawn))
+    _checks.check_density(latent_sites(modelled), latent_sites(drawn))
     plates = _checks.common_plates(sites, full_sizes)
     scale = _checks.common_scale(sites, plates)
-    terms = [_checks.per_row(asked[k], x, plates) for k, x in _log_probs(modelled).items()]
+    terms = [_checks.per_row(asked[k], x, plates) for k, x in log_p.items()]
     terms += [-_checks.per_row(given[k], x, plates) for k, x in log_q.items()]
     value = sum(terms, start=jnp.zeros([plate.size for plate in plates]))
     return LogWeights(value, jnp.asarray(scale, value.dtype), state, plates)
 
 
-def _scaled_sum(recorded: Sites, log_probs: dict[str, jax.Array]) -> jax.Array:
-    total = jnp.array(0.0)
-    for name, log_prob in log_probs.items():
-        scale = recorded[name]["scale"]
-        total = total + jnp.sum(log_prob if scale is None else scale * log_prob)
-    return total
+def _scaled_sum(recorded: Sites, densities: dict[str, jax.Array]) -> jax.Array:
+    return sum((jnp.sum(x) for x in scaled(recorded, densities).values()), start=jnp.array(0.0))

@@ -184,15 +184,41 @@ def check_match(model_sites: Mapping[str, Any], guide_sites: Mapping[str, Any]) 
         _check_events(name, site, guide_sites[name])
 
 
-def distribution_name(fn: Any) -> str:
-    """Name of the distribution inside of the host's wrappers."""
+def unwrapped(fn: Any) -> Any:
+    """The distribution inside of the host's wrappers."""
     while hasattr(fn, "base_dist") and type(fn).__name__ in (
         "Independent",
         "ExpandedDistribution",
         "MaskedDistribution",
     ):
         fn = fn.base_dist
-    return type(fn).__name__
+    return fn
+
+
+def distribution_name(fn: Any) -> str:
+    """Name of the distribution inside of the host's wrappers."""
+    return type(unwrapped(fn)).__name__
+
+
+def check_discrete(model_sites: Mapping[str, Any], guide_sites: Mapping[str, Any]) -> None:
+    """A latent site must be discrete in both programs, or in neither."""
+    for name, site in guide_sites.items():
+        if site["is_observed"] or name not in model_sites:
+            continue
+        ours, theirs = site["fn"], model_sites[name]["fn"]
+        if _is_discrete(ours) != _is_discrete(theirs):
+            raise ValueError(
+                f"Expected site '{name}' to be discrete in both model and guide; got "
+                f"{distribution_name(ours)} in the guide and {distribution_name(theirs)} in the "
+                "model. Use the same family of distributions in both."
+            )
+
+
+def _is_discrete(fn: Any) -> bool:
+    try:
+        return bool(fn.support.is_discrete)
+    except (AttributeError, NotImplementedError):
+        return not fn.has_rsample
 
 
 def check_reparameterised(guide_sites: Mapping[str, Any], gradient: str) -> None:

@@ -7,7 +7,6 @@ plate, and returns what an objective needs: the log-weights with the plate bookk
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,19 +14,10 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.enum import get_importance_trace
-from pyro.poutine.broadcast_messenger import BroadcastMessenger
-from pyro.poutine.guide import GuideMessenger
-from pyro.poutine.indep_messenger import CondIndepStackFrame
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae_ext import _checks, _path
-
-PARTICLES = _checks.PARTICLES
-
-Program = Callable[..., Any]
-Sites = dict[str, Any]
+from pyro_vae_ext import _checks, _path, _relaxation
+from pyro_vae_ext._record import Program, Record, Sites, is_scored, particle_frame, probe, run_pair
 
 
 @dataclass
@@ -41,6 +31,8 @@ class LogWeights:
         particle_dim: Negative dimension of the particles, or None.
         plates: Name and dimension of the common plates, outermost first.
         scale: The one scale of all sites, which multiplies the bound.
+        score: The guide's log-density of its sites without a reparameterised sampler, neither
+            scaled nor masked, in the same layout; None where it was not asked for.
     """
 
     layout: Tensor
@@ -49,15 +41,17 @@ class LogWeights:
     scale: float | Tensor
     guide_sites: Sites
     model_sites: Sites
+    score: Tensor | None = None
 
-    def stacked(self) -> Tensor:
-        """Log-weights of shape ``(num_particles, *common_plates)``."""
+    def stacked(self, layout: Tensor | None = None) -> Tensor:
+        """Log-weights, or other numbers, of shape ``(num_particles, *common_plates)``."""
+        layout = self.layout if layout is None else layout
         if self.particle_dim is None:
-            return self.layout.reshape([1, *(self.layout.shape[dim] for _, dim in self.plates)])
+            return layout.reshape([1, *(layout.shape[dim] for _, dim in self.plates)])
         dims = sorted([self.particle_dim, *(dim for _, dim in self.plates)])
-        if dims == list(range(-self.layout.dim(), 0)) and dims[0] == self.particle_dim:
-            return self.layout
-        stacked = self.layout.reshape([self.layout.shape[dim] for dim in dims])
+        if dims == list(range(-layout.dim(), 0)) and dims[0] == self.particle_dim:
+            return layout
+        stacked = layout.reshape([layout.shape[dim] for dim in dims])
         # The particles stand outermost, unless the pair has more plates than was declared.
         return stacked.movedim(dims.index(self.particle_dim), 0)
 
@@ -67,10 +61,6 @@ class LogWeights:
             dims = sorted([self.particle_dim, *(dim for _, dim in self.plates)])
             stacked = stacked.movedim(0, dims.index(self.particle_dim))
         return stacked.reshape(self.layout.shape)
-
-
-class PlateCollision(Exception):
-    """A plate of the pair stands at the dimension of the particles: more plates than assumed."""
 
 
 class Variable(NamedTuple):
@@ -100,93 +90,6 @@ class _Term:
     log_prob: Tensor = field(init=False)
 
 
-class _Record(Messenger):
-    """Run a program at given values and record its sites; stands outside of every plate.
-
-    ``particles`` is the frame of an outermost plate, which is entered at sample sites alone: it
-    has no business with parameters. The subsample of a plate is that of the first run. Its draw
-    is repeated and discarded, so that a run consumes the same random numbers whether it is the
-    first one or a recomputation.
-    """
-
-    def __init__(
-        self,
-        values: dict[str, Any] | None = None,
-        subsamples: dict[str, Tensor] | None = None,
-        path: _path.Path | None = None,
-        particles: CondIndepStackFrame | None = None,
-    ) -> None:
-        super().__init__()
-        self.particles = particles
-        self.values = {} if values is None else values
-        self.subsamples = {} if subsamples is None else subsamples
-        self.path = path
-        self.sites: Sites = {}
-
-    def _process_message(self, msg: Any) -> None:
-        if msg["type"] == "inspect" and self.particles is not None:
-            # AutoGuides ask for the plates outside of them.
-            msg["cond_indep_stack"] = (self.particles, *msg["cond_indep_stack"])
-        if msg["type"] != "sample":
-            return
-        if self.particles is not None and not site_is_subsample(msg):
-            if any(frame.dim == self.particles.dim for frame in msg["cond_indep_stack"]):
-                raise PlateCollision
-            msg["cond_indep_stack"] = (self.particles, *msg["cond_indep_stack"])
-            BroadcastMessenger._pyro_sample(msg)
-        if msg["name"] in self.values and not msg["is_observed"] and msg["value"] is None:
-            msg["value"] = self.values[msg["name"]]
-            msg["done"] = True
-
-    def _postprocess_message(self, msg: Any) -> None:
-        if msg["type"] != "sample":
-            return
-        name = msg["name"]
-        if site_is_subsample(msg):
-            msg["value"] = self.subsamples.setdefault(name, msg["value"])
-            return
-        if msg["infer"].get("_deterministic", False):
-            return
-        if name in self.sites:
-            raise ValueError(f"Expected one site of each name; got '{name}' twice.")
-        if self.path is not None and _path.is_scored(msg):
-            msg["value"] = _path.cut(msg["value"], self.path)
-            base = msg["fn"]
-            while hasattr(base, "base_dist"):
-                base = base.base_dist
-            if hasattr(base, "carry"):
-                base.carry(msg["value"])
-        self.sites[name] = msg.copy()
-
-
-def _run_pair(
-    model: Program,
-    guide: Program,
-    args: tuple,
-    kwargs: dict,
-    particles: CondIndepStackFrame | None = None,
-    subsamples: dict[str, Tensor] | None = None,
-    path: _path.Path | None = None,
-) -> tuple[Sites, Sites, dict[str, Any]]:
-    """Sites of the model and of the guide, and the latent values that the model was run at."""
-    subsamples = {} if subsamples is None else subsamples
-    with _Record(None, subsamples, path, particles) as guide_record:
-        guide(*args, **kwargs)
-    guide_sites = guide_record.sites
-    if isinstance(poutine.unwrap(guide), GuideMessenger):
-        # Such a guide runs the model; what the model observes is none of the guide's.
-        guide_sites = {n: site for n, site in guide_sites.items() if not site["is_observed"]}
-    values = {name: site["value"] for name, site in guide_sites.items() if not site["is_observed"]}
-    if path is not None and path.weigh:
-        for name, value in values.items():
-            if value.requires_grad and _path.is_scored(guide_sites[name]):
-                event_dim = guide_sites[name]["fn"].event_dim
-                values[name] = _path.weigh(value, path, event_dim)
-    with _Record({**subsamples, **values}, particles=particles) as model_record:
-        model(*args, **kwargs)
-    return model_record.sites, guide_sites, values
-
-
 def host_traces(model: Program, guide: Program, args: tuple, kwargs: dict) -> tuple[Any, Any]:
     """Pyro's own traces of model and guide, for the parts of its base class that ask for them."""
     return get_importance_trace("flat", math.inf, model, guide, args, kwargs)
@@ -194,18 +97,7 @@ def host_traces(model: Program, guide: Program, args: tuple, kwargs: dict) -> tu
 
 def plate_nesting(model: Program, guide: Program, args: tuple, kwargs: dict) -> int:
     """Largest number of nested plates of the pair, found by running it once."""
-    # The run leaves no trace: no gradient, no site seen from outside, no random number used up.
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.no_grad(), poutine.block(), torch.random.fork_rng(devices):
-        model_sites, guide_sites, _ = _run_pair(model, guide, args, kwargs)
-    sites = [*guide_sites.items(), *model_sites.items()]
-    for name, site in sites:
-        # With particles an undeclared dimension could pass for theirs.
-        _checks.check_shape(name, site, site["fn"].batch_shape)
-    dims = [
-        frame.dim for _, site in sites for frame in site["cond_indep_stack"] if frame.vectorized
-    ]
-    return -min(dims, default=0)
+    return probe(model, guide, args, kwargs)[0]
 
 
 def run(
@@ -233,14 +125,18 @@ def run(
         subsamples: Subsamples to share, by plate; filled by the first run.
         path: If given, the log-weights carry path derivatives.
         gradient: If given, every latent site must be reparameterised; the name is for the error.
+            ``"vimco"`` takes others as well, and returns their score.
         joint: Sum the scaled log-densities of all sites, with no condition on plates and scales.
     """
-    particles = _particles(num_particles, particle_dim)
-    model_sites, guide_sites, values = _run_pair(
-        model, guide, args, kwargs, particles, subsamples, path
+    particles = particle_frame(num_particles, particle_dim)
+    score = gradient == "vimco"
+    model_sites, guide_sites, values = run_pair(
+        model, guide, args, kwargs, particles, subsamples, path, _hard_draw if score else None
     )
     _checks.check_match(model_sites, guide_sites)
-    if gradient is not None:
+    if score:
+        _checks.check_discrete(model_sites, guide_sites)
+    elif gradient is not None:
         _checks.check_reparameterised(guide_sites, gradient)
     _checks.check_data(model_sites)
 
@@ -253,12 +149,16 @@ def run(
         scale = _checks.common_scale(terms)
         _checks.check_density(model_sites, guide_sites)
     carried = None if path is None else _path.carried_score(terms)
+    scores: list[_Term] = []
     for term in terms:
         if carried is not None and carried[0] == term.name and term.sign < 0:
             term.log_prob = carried[1]
         else:
             term.log_prob = _log_prob(term, path)
         _checks.check_shape(term.name, term.site, term.log_prob.shape)
+        if score and term.sign < 0 and is_scored(term.site):
+            scores.append(_Term(term.name, term.site, 1.0))
+            scores[-1].log_prob = _relaxation.unmasked_log_prob(term.site)
         factor = term.site["scale"] if joint else 1.0
         if isinstance(factor, Tensor) or factor != 1.0 or term.site["mask"] is not None:
             term.log_prob = scale_and_mask(term.log_prob, factor, term.site["mask"])
@@ -268,14 +168,12 @@ def run(
         _path.take_path_derivatives(terms, values, path, carried, joint)
 
     keep = {dim for _, dim in plates} | ({particle_dim} if particle_dim is not None else set())
-    total = _total(terms, keep)
-    for dim in keep:
-        # Sites that are all masked out have no dimensions of their own.
-        if total.dim() < -dim:
-            total = total.reshape((1,) * (-dim - total.dim()) + tuple(total.shape))
     if isinstance(scale, Tensor):
         scale = _checks.rows(scale, plates)
-    return LogWeights(total, particle_dim, plates, scale, guide_sites, model_sites)
+    result = LogWeights(_total(terms, keep), particle_dim, plates, scale, guide_sites, model_sites)
+    if scores:
+        result.score = _total(scores, keep)
+    return result
 
 
 def draw(
@@ -312,8 +210,8 @@ def draw(
     fresh: dict[str, Variable] = {}
     if predictive:
         values = {name: site["value"] for name, site in run_.guide_sites.items()}
-        with _Record(
-            {**subsamples, **values}, particles=_particles(num_particles, particle_dim)
+        with Record(
+            {**subsamples, **values}, particles=particle_frame(num_particles, particle_dim)
         ) as record:
             poutine.uncondition(model)(*args, **kwargs)
         fresh = {n: _variable(record.sites[n], particle_dim) for n in observed if n in record.sites}
@@ -325,13 +223,9 @@ def draw(
     )
 
 
-def _particles(size: int, dim: int | None) -> CondIndepStackFrame | None:
-    return None if dim is None else CondIndepStackFrame(PARTICLES, dim, size, 0, full_size=size)
-
-
 def _variable(site: Any, particle_dim: int | None) -> Variable:
     """The value of a site as ``([num_particles], *plates, *event)``, and its plates' names."""
-    frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != _checks.PARTICLES]
     frames.sort(key=lambda frame: frame.dim)
     event_dim = site["fn"].event_dim
     value = site["value"]
@@ -360,7 +254,22 @@ def _total(terms: list[_Term], keep: set[int]) -> Tensor:
     total, *others = [value if keep else value.sum() for value in sums.values()]
     for other in others:
         total = total + other
+    for dim in keep:
+        # Sites that are all masked out have no dimensions of their own.
+        if total.dim() < -dim:
+            total = total.reshape((1,) * (-dim - total.dim()) + tuple(total.shape))
     return total
+
+
+def _hard_draw(msg: Any) -> Tensor | None:
+    """The value of a site that has a relaxation, from the same numbers as in all objectives."""
+    kind = _relaxation.kind(msg["fn"])
+    if kind is None:
+        return None
+    a = _relaxation.logits(msg["fn"]).detach()
+    return _relaxation.harden(
+        kind, _relaxation.noisy(kind, a, _relaxation.uniform(a.shape, a.dtype, a.device))
+    )
 
 
 def _reduce(log_prob: Tensor, keep: set[int]) -> Tensor:

@@ -116,6 +116,52 @@ CASES: dict[str, dict[str, list[dict]]] = {
                 (6, {"chunk_size": 4}),
             )
         ],
+        "TraceDisARM_ELBO": [
+            {},
+            {"num_particles": 2, "vectorize_particles": False},
+        ],
+        "TraceNVIL_ELBO": [
+            {},
+            {"baselines": ()},
+            {"num_particles": 2, "baselines": ("leave_one_out",), "vectorize_particles": False},
+            {
+                "num_particles": 2,
+                "baselines": ("running", "learned", "leave_one_out"),
+                "hidden_dims": (),
+                "decay": 0.5,
+                "normalize_variance": True,
+            },
+        ],
+        "TraceREBAR_ELBO": [
+            {},
+            {"num_particles": 2, "temperature": 0.3, "eta": 0.7, "learn": False},
+            {"num_particles": 2, "vectorize_particles": False},
+        ],
+        "TraceRELAX_ELBO": [
+            {},
+            {"num_particles": 2, "temperature": 0.3, "eta": 0.7, "hidden_dims": (4, 3)},
+            {"num_particles": 2, "hidden_dims": (), "vectorize_particles": False},
+        ],
+    },
+    "distributions": {
+        "OneHotCategorical": [
+            {"probs": (0.5, 0.2, 0.3)},
+            {"logits": ((0.4, -1.0, 2.0, 0.1), (-0.3, 0.0, 0.7, -2.0))},
+            {"logits": (0.3, -0.4)},
+        ],
+        "RelaxedOneHotCategorical": [
+            {"temperature": 0.5, "probs": (0.5, 0.2, 0.3)},
+            {"temperature": 0.7, "logits": ((0.4, -1.0, 2.0, 0.1), (-0.3, 0.0, 0.7, -2.0))},
+            {"temperature": (0.2, 2.0), "logits": ((0.4, -1.0, 2.0), (-0.3, 0.0, 0.7))},
+            {"temperature": (0.4, 1.0, 1.5), "logits": (0.3, -0.4)},
+        ],
+    },
+    "handlers": {
+        "relax": [
+            {"temperature": 0.5},
+            {"temperature": 0.2},
+            {"temperature": 1.5},
+        ],
     },
     "nn": {
         "MaskedLinear": [

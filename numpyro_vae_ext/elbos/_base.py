@@ -24,7 +24,7 @@ from numpyro.infer import ELBO
 from numpyro_vae_ext import _trace
 from numpyro_vae_ext._checks import one_of, positive_int
 
-GRADIENTS = ("reparam", "stl", "dreg")
+GRADIENTS = ("reparam", "stl", "dreg", "vimco")
 
 
 @jax.custom_jvp
@@ -42,7 +42,7 @@ class LogWeightELBO(ELBO, ABC):
 
     Args:
         num_particles: number of particles `K`.
-        gradient: ``"reparam"``, ``"stl"`` or ``"dreg"``.
+        gradient: ``"reparam"``, ``"stl"``, ``"dreg"`` or ``"vimco"``.
         vectorize_particles: run the particles side by side, or one at a time.
         chunk_size: run this many particles at a time; memory is that of one chunk, in the
             backward pass too, where each chunk is computed again.
@@ -67,6 +67,9 @@ class LogWeightELBO(ELBO, ABC):
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.gradient = one_of("gradient", gradient, GRADIENTS)
         self.chunk_size = chunk_size
+        if gradient == "vimco" and num_particles < 2:
+            raise ValueError("Expected num_particles >= 2 under gradient='vimco'; got 1.")
+        self.can_infer_discrete = gradient == "vimco"
 
     @abstractmethod
     def bound(self, log_weights: jax.Array) -> jax.Array:
@@ -98,7 +101,11 @@ class LogWeightELBO(ELBO, ABC):
         pair = _trace.Pair(model, guide, args, kwargs)
         plate_key = _trace.shared_key(rng_key)
         keys = self._keys(rng_key)
-        return self._map(lambda key: _trace.run(key, plate_key, param_map, pair), keys).value
+        # Discrete values are drawn in a way of their own where they have an estimator.
+        gradient = "vimco" if self.gradient == "vimco" else None
+        return self._map(
+            lambda key: _trace.run(key, plate_key, param_map, pair, gradient=gradient), keys
+        ).value
 
     def loss(
         self,
@@ -164,6 +171,10 @@ class LogWeightELBO(ELBO, ABC):
                 keys, weights, plate_key, params, pair, particles.plates
             )
             loss = _with_derivative_of(loss, -jnp.sum(scale * surrogate))
+        if particles.score is not None:
+            signal = lax.stop_gradient(self.bound(log_weights) - left_out(log_weights))
+            surrogate = jnp.sum(signal * particles.score, axis=0)
+            loss = _with_derivative_of(loss, loss - jnp.sum(scale * surrogate))
         return loss, jax.tree.map(_merged, particles.state)
 
     def _doubly_reparameterised(
@@ -216,6 +227,24 @@ class LogWeightELBO(ELBO, ABC):
             return out
         rest = jax.checkpoint(run)(*(x[whole:] for x in xs))
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, rest)
+
+
+def left_out(log_weights: jax.Array) -> jax.Array:
+    """Log of the mean weight with each weight in turn replaced by the others' geometric mean.
+
+    Sums over the others are made of those before and those after: nothing is subtracted.
+    """
+    count = log_weights.shape[0]
+
+    def others(cumulated: Any, join: Any, empty: float) -> jax.Array:
+        edge = jnp.full_like(log_weights[:1], empty)
+        before = jnp.concatenate([edge, cumulated(log_weights, axis=0)[:-1]])
+        after = jnp.concatenate([cumulated(log_weights, axis=0, reverse=True)[1:], edge])
+        return join(before, after)
+
+    mean = others(lax.cumsum, jnp.add, 0.0) / (count - 1)
+    rest = others(lax.cumlogsumexp, jnp.logaddexp, -jnp.inf)
+    return jnp.logaddexp(rest, mean) - jnp.log(count)
 
 
 def _merged(x: jax.Array) -> jax.Array:

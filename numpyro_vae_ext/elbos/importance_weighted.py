@@ -21,7 +21,7 @@ class ImportanceWeightedELBO(LogWeightELBO):
     ``K = 1`` is the evidence lower bound, with the scales and plates as free as in the host's
     ``Trace_ELBO``.
 
-    Three gradient estimators, all unbiased, with :math:`\tilde w_k = w_k / \sum_j w_j`, model
+    Four gradient estimators, all unbiased, with :math:`\tilde w_k = w_k / \sum_j w_j`, model
     parameters :math:`\theta` and guide parameters :math:`\phi`:
 
     - ``"reparam"``: :math:`\sum_k \tilde w_k \nabla \log w_k`, plain differentiation;
@@ -29,30 +29,36 @@ class ImportanceWeightedELBO(LogWeightELBO):
       ``K = 1`` this is *sticking the landing*, unbiased; at ``K > 1`` it is biased for
       :math:`\phi`;
     - ``"dreg"``: :math:`\theta` as before, and for :math:`\phi`
-      :math:`\sum_k \tilde w_k^2 \,\partial_z \log w_k \,\partial_\phi z_k`.
+      :math:`\sum_k \tilde w_k^2 \,\partial_z \log w_k \,\partial_\phi z_k`;
+    - ``"vimco"``: for discrete latent sites, continuous ones beside them keep ``"reparam"``.
+      To the plain derivative it adds :math:`\sum_k (\hat L - \hat L_{-k}) \nabla \log q(b_k)`,
+      where :math:`\hat L_{-k}` has the geometric mean of the other weights in place of
+      :math:`w_k`. It needs ``K >= 2``.
 
-    Under the last two the guide's gradient is 0 for every sample once the guide is the posterior.
-    A parameter that model and guide share gets both parts. Factors and observed sites of the
-    guide count as part of the model.
+    Under ``"stl"`` and ``"dreg"`` the guide's gradient is 0 for every sample once the guide is the
+    posterior. A parameter that model and guide share gets both parts. Factors and observed sites
+    of the guide count as part of the model.
 
     Args:
         num_particles: number of particles `K`.
-        gradient: ``"reparam"``, ``"stl"`` or ``"dreg"``.
+        gradient: ``"reparam"``, ``"stl"``, ``"dreg"`` or ``"vimco"``.
         vectorize_particles: run the particles side by side, or one at a time.
         chunk_size: run this many particles at a time; memory is that of one chunk, in the
             backward pass too, where each chunk is computed again.
 
     Raises:
         ValueError: if an argument is out of range; at the loss, if a latent site is in the model
-            or the guide alone or has no reparameterised sampler, if a subsampled plate does not
-            enclose every site, if the scales of a weight differ, if a site has no log-density
-            for every row, or if the data hold NaN.
+            or the guide alone, or has no reparameterised sampler (under ``"vimco"``: is discrete
+            in one of the two alone), if a subsampled plate does not enclose every site, if the
+            scales of a weight differ, if a site has no log-density for every row, or if the data
+            hold NaN.
         TypeError: if an argument, or the data at a continuous site, has the wrong type.
 
     References:
         Burda, Grosse and Salakhutdinov (2016), arXiv 1509.00519, eq. 8 and 13 (the bound);
         Roeder, Wu and Duvenaud (2017), arXiv 1703.09194, eq. 8 (``"stl"``);
-        Tucker, Lawson, Gu and Maddison (2019), arXiv 1810.04152, eq. 8 (``"dreg"``).
+        Tucker, Lawson, Gu and Maddison (2019), arXiv 1810.04152, eq. 8 (``"dreg"``);
+        Mnih and Rezende (2016), arXiv 1602.06725, eq. 10 (``"vimco"``).
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optax

@@ -15,6 +15,7 @@ plates are as free as in Pyro's own ``Trace_ELBO``.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -28,8 +29,9 @@ from torch.utils.checkpoint import checkpoint
 from pyro_vae_ext import _trace
 from pyro_vae_ext._checks import one_of, positive_int
 from pyro_vae_ext._path import Path
+from pyro_vae_ext._record import PlateCollision
 
-GRADIENTS = ("reparam", "stl", "dreg")
+GRADIENTS = ("reparam", "stl", "dreg", "vimco")
 
 
 class LogWeightELBO(ELBO, ABC):
@@ -54,6 +56,11 @@ class LogWeightELBO(ELBO, ABC):
             if not isinstance(chunk_size, int) or chunk_size < 1:
                 raise ValueError(f"Expected chunk_size >= 1 or None; got {chunk_size}.")
         self.gradient = one_of("gradient", gradient, GRADIENTS)
+        if gradient == "vimco" and num_particles < 2:
+            raise ValueError(
+                f"Expected num_particles >= 2 under gradient='vimco'; got {num_particles}. Use "
+                "TraceNVIL_ELBO or TraceREBAR_ELBO."
+            )
         self.chunk_size = chunk_size
         super().__init__(
             num_particles=num_particles,
@@ -64,6 +71,10 @@ class LogWeightELBO(ELBO, ABC):
     @abstractmethod
     def bound(self, log_weights: Tensor) -> Tensor:
         """Bound per datum, ``(*common_plates)``, from ``(num_particles, *common_plates)``."""
+
+    @abstractmethod
+    def _others(self, log_weights: Tensor) -> Tensor:
+        """Bounds with each weight replaced by what the others predict, of the weights' shape."""
 
     def log_weights(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -82,7 +93,7 @@ class LogWeightELBO(ELBO, ABC):
         Raises:
             ValueError: If the weights would not be those of a bound; the message names the site.
         """
-        weights, _ = self._weights(model, guide, args, kwargs, path=None)
+        weights, _, _ = self._weights(model, guide, args, kwargs, path=None)
         return weights
 
     def differentiable_loss(
@@ -90,7 +101,7 @@ class LogWeightELBO(ELBO, ABC):
     ) -> Tensor:
         """The negative bound as a scalar tensor whose gradient is the chosen estimator."""
         path = None
-        if self.gradient != "reparam" and torch.is_grad_enabled():
+        if self.gradient in ("stl", "dreg") and torch.is_grad_enabled():
             path = partial(Path, weigh=self.gradient == "dreg")
         if self.num_particles == 1:
             run = _trace.run(
@@ -103,8 +114,13 @@ class LogWeightELBO(ELBO, ABC):
                 joint=True,
             )
             return -run.layout
-        weights, scale = self._weights(model, guide, args, kwargs, path=path)
+        weights, scale, score = self._weights(model, guide, args, kwargs, path=path)
         bound = self.bound(weights)
+        if score is not None:
+            with torch.no_grad():
+                signal = bound - self._others(weights)
+            # Zero, with the gradient of the scores.
+            bound = bound + (signal * (score - score.detach())).sum(0)
         return -(bound if isinstance(scale, float) and scale == 1.0 else scale * bound).sum()
 
     def loss(
@@ -141,13 +157,13 @@ class LogWeightELBO(ELBO, ABC):
         kwargs: dict,
         *,
         path: Callable[[], Path] | None,
-    ) -> tuple[Tensor, float | Tensor]:
-        """Log-weights of all particles, and their scale."""
+    ) -> tuple[Tensor, float | Tensor, Tensor | None]:
+        """Log-weights of all particles, their scale, and the scores of VIMCO."""
         if self.vectorize_particles and self.num_particles > 1:
             if self.max_plate_nesting < float("inf"):
                 try:
                     return self._run_all(model, guide, args, kwargs, path)
-                except _trace.PlateCollision:
+                except PlateCollision:
                     pass  # Another pair than the last one, with more plates.
             self.max_plate_nesting = 1 + _trace.plate_nesting(model, guide, args, kwargs)
         return self._run_all(model, guide, args, kwargs, path)
@@ -159,7 +175,7 @@ class LogWeightELBO(ELBO, ABC):
         args: tuple,
         kwargs: dict,
         path: Callable[[], Path] | None,
-    ) -> tuple[Tensor, float | Tensor]:
+    ) -> tuple[Tensor, float | Tensor, Tensor | None]:
         """Run all particles, vectorised, looped or chunked."""
         stack = self.vectorize_particles and self.num_particles > 1
         size = self.num_particles if self.chunk_size is None else self.chunk_size
@@ -170,7 +186,7 @@ class LogWeightELBO(ELBO, ABC):
         runs: dict[int, _trace.LogWeights] = {}
         paths = {start: path() for start in range(0, self.num_particles, size) if path is not None}
 
-        def run(start: int) -> Tensor:
+        def run(start: int) -> tuple[Tensor, Tensor | None]:
             result = _trace.run(
                 model,
                 guide,
@@ -184,16 +200,28 @@ class LogWeightELBO(ELBO, ABC):
             )
             # A second run of a chunk, in the backward pass, changes nothing here.
             runs.setdefault(start, result)
-            return result.stacked()
+            score = None if result.score is None else result.stacked(result.score)
+            return result.stacked(), score
 
         chunks = [
             # A chunk's activations are recomputed in the backward pass, one chunk at a time.
             checkpoint(run, start, use_reentrant=False) if recompute else run(start)
             for start in range(0, self.num_particles, size)
         ]
-        weights = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+        weights, score = chunks[0]
+        if len(chunks) > 1:
+            weights = torch.cat([chunk[0] for chunk in chunks])
+            scores = [score for _, score in chunks if score is not None]
+            score = torch.cat(scores) if scores else None
+        if self.gradient == "vimco" and torch.is_grad_enabled() and score is None:
+            warnings.warn(
+                "Expected discrete latent sites under gradient='vimco'; got none. Use "
+                "gradient='reparam'.",
+                UserWarning,
+                stacklevel=2,
+            )
         if self.gradient == "dreg" and paths:
             shares = torch.softmax(weights.detach(), 0).split(size)
             for (start, state), share in zip(paths.items(), shares, strict=True):
                 state.weights = runs[start].in_layout(share)
-        return weights, runs[0].scale
+        return weights, runs[0].scale, score

@@ -25,7 +25,11 @@ class ImportanceWeightedELBO(LogWeightELBO):
       this is sticking the landing, unbiased; above, it is biased and of low variance;
     * ``"dreg"``: doubly reparameterised, :math:`\sum_k \tilde w_k^2\, \partial_z \log w_k\,
       \partial_\phi z_k` for :math:`\phi` and the importance-weighted gradient for :math:`\theta`;
-      unbiased.
+      unbiased;
+    * ``"vimco"``: for guides with discrete sites. The score of those sites of particle
+      :math:`k`, times :math:`\hat L_K - \hat L_{-k}`, where :math:`\hat L_{-k}` has the geometric
+      mean of the other weights in the place of :math:`w_k`, is added to the derivative of the
+      sampled bound; continuous sites keep their reparameterised gradient. Unbiased.
 
     Parameters that model and guide share get both parts. Both path gradients vanish sample by
     sample when the guide is the posterior. For a flow they cost one triangular solve per step
@@ -33,7 +37,7 @@ class ImportanceWeightedELBO(LogWeightELBO):
 
     Args:
         num_particles: Number :math:`K` of samples per datum; 1 is the ELBO.
-        gradient: ``"reparam"``, ``"stl"`` or ``"dreg"``.
+        gradient: ``"reparam"``, ``"stl"``, ``"dreg"`` or ``"vimco"``, which needs two particles.
         vectorize_particles: Run all particles at once in an outermost plate (networks must take
             any left batch), or one after another.
         chunk_size: Particles to run at a time, with activations recomputed in the backward pass:
@@ -50,8 +54,9 @@ class ImportanceWeightedELBO(LogWeightELBO):
     References:
         Burda, Grosse and Salakhutdinov, 2016, *Importance Weighted Autoencoders*,
         arXiv:1509.00519, eq. 8 and 14. Roeder, Wu and Duvenaud, 2017, *Sticking the Landing*,
-        arXiv:1703.09194, eq. 8. Tucker, Lawson, Gu and Maddison, 2019, *Doubly Reparameterized
-        Gradient Estimators*, arXiv:1810.04152, eq. 7.
+        arXiv:1703.09194, eq. 8. Mnih and Rezende, 2016, *Variational Inference for Monte Carlo
+        Objectives*, arXiv:1602.06725, eq. 9 and 10. Tucker, Lawson, Gu and Maddison, 2019,
+        *Doubly Reparameterized Gradient Estimators*, arXiv:1810.04152, eq. 7.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -74,3 +79,13 @@ class ImportanceWeightedELBO(LogWeightELBO):
     def bound(self, log_weights: Tensor) -> Tensor:
         """Logarithm of the mean weight, ``(*common_plates)``."""
         return torch.logsumexp(log_weights, 0) - math.log(log_weights.shape[0])
+
+    def _others(self, log_weights: Tensor) -> Tensor:
+        num_particles = log_weights.shape[0]
+        # Sums over the particles before and after each one: no difference of large numbers.
+        edge = torch.full_like(log_weights[:1], -math.inf)
+        before = torch.cat([edge, torch.logcumsumexp(log_weights[:-1], 0)])
+        after = torch.cat([torch.logcumsumexp(log_weights[1:].flip(0), 0).flip(0), edge])
+        mean = (log_weights.sum(0) - log_weights) / (num_particles - 1)
+        rest = torch.logaddexp(before, after)
+        return torch.logaddexp(rest, mean) - math.log(num_particles)

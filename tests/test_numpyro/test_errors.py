@@ -53,7 +53,7 @@ def raises(text: str, kind: type[Exception] = ValueError) -> Any:
         (
             {"gradient": "foo"},
             ValueError,
-            "Expected gradient to be one of 'reparam', 'stl', 'dreg'; got 'foo'.",
+            "Expected gradient to be one of 'reparam', 'stl', 'dreg', 'vimco'; got 'foo'.",
         ),
         ({"chunk_size": 0}, ValueError, "Expected chunk_size >= 1 or None; got 0."),
         (

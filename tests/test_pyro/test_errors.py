@@ -33,7 +33,7 @@ def normal(loc: float = 0.0) -> dist.TorchDistribution:
         (
             {"gradient": "foo"},
             ValueError,
-            "Expected gradient to be one of 'reparam', 'stl', 'dreg'; got 'foo'.",
+            "Expected gradient to be one of 'reparam', 'stl', 'dreg', 'vimco'; got 'foo'.",
         ),
         ({"chunk_size": 0}, ValueError, "Expected chunk_size >= 1 or None; got 0."),
         (
