@@ -102,8 +102,11 @@ def is_scored(msg: Any) -> bool:
     return msg["type"] == "sample" and not msg["is_observed"] and not msg["fn"].has_rsample
 
 
-def hard(noise: dict[str, jax.Array]) -> Choose:
-    """Draws what can be relaxed from uniform numbers, kept in ``noise``, and the rest as ever."""
+def hard(noise: dict[str, jax.Array], *, whole: bool = False) -> Choose:
+    """Draws what can be relaxed from uniform numbers, kept in ``noise``, and the rest as ever.
+
+    Bits are floats as relaxed values are, or ``whole`` numbers as the host's own sampler has them.
+    """
 
     def choose(msg: Any) -> jax.Array:
         kind = _relaxation.kind(msg["fn"])
@@ -112,9 +115,15 @@ def hard(noise: dict[str, jax.Array]) -> Choose:
         logits = site_logits(msg)
         u = _relaxation.uniform(msg["kwargs"]["rng_key"], logits.shape, logits.dtype)
         noise[msg["name"]] = u
-        return _relaxation.harden(kind, _relaxation.noisy(kind, logits, u))
+        value = _relaxation.harden(kind, _relaxation.noisy(kind, logits, u))
+        return as_whole(value) if whole and kind == "bernoulli" else value
 
     return choose
+
+
+def as_whole(bits: jax.Array) -> jax.Array:
+    """Bits of the host's type, which may index an array."""
+    return bits.astype(jnp.result_type(int))
 
 
 def site_logits(msg: Any) -> jax.Array:

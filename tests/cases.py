@@ -118,12 +118,10 @@ CASES: dict[str, dict[str, list[dict]]] = {
         ],
         "TraceDisARM_ELBO": [
             {},
-            {"num_particles": 2, "vectorize_particles": False},
         ],
         "TraceNVIL_ELBO": [
             {},
-            {"baselines": ()},
-            {"num_particles": 2, "baselines": ("leave_one_out",), "vectorize_particles": False},
+            {"baselines": (), "vectorize_particles": False},
             {
                 "num_particles": 2,
                 "baselines": ("running", "learned", "leave_one_out"),
@@ -134,13 +132,17 @@ CASES: dict[str, dict[str, list[dict]]] = {
         ],
         "TraceREBAR_ELBO": [
             {},
-            {"num_particles": 2, "temperature": 0.3, "eta": 0.7, "learn": False},
-            {"num_particles": 2, "vectorize_particles": False},
+            {
+                "num_particles": 2,
+                "temperature": 0.3,
+                "eta": 0.7,
+                "learn": False,
+                "vectorize_particles": False,
+            },
         ],
         "TraceRELAX_ELBO": [
-            {},
-            {"num_particles": 2, "temperature": 0.3, "eta": 0.7, "hidden_dims": (4, 3)},
-            {"num_particles": 2, "hidden_dims": (), "vectorize_particles": False},
+            {"hidden_dims": (4,)},
+            {"num_particles": 2, "temperature": 0.3, "eta": 0.7, "hidden_dims": ()},
         ],
     },
     "distributions": {

@@ -9,6 +9,7 @@ parameters of model and guide held fixed: the hard run alone has a derivative in
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC
 from collections.abc import Callable, Mapping
@@ -105,15 +106,26 @@ class ControlVariateELBO(DiscreteELBO, ABC):
             "eta": numpyro.param(f"{name}_eta", jnp.asarray(eta, float)),
         }
 
-    def _knobs(self, site: Scored) -> tuple[Any, Any, Any]:
-        """Temperature, eta and surrogate of a site."""
+    def _tuned(self, site: Scored) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+        """What the variance tunes at a site, and what makes a network of its part of that."""
         if not self._is_tuned:
-            temperature = setting("temperature", self.temperature, site.name)
-            return temperature, setting("eta", self.eta, site.name), None
+            return {}, lambda params: None
         tuning = self._tuning(site, self._extra)
+        knobs = {key: tuning[key] for key in ("log_temperature", "eta")}
+        if "surrogate" not in tuning:
+            return knobs, lambda params: None
+        # The host's module is a function with its parameters filled in.
+        network = tuning["surrogate"]
+        knobs["surrogate"] = network.args[0]
+        return knobs, functools.partial(functools.partial, network.func)
+
+    def _numbers(self, site: Scored, knobs: dict[str, Any]) -> tuple[Any, Any]:
+        """Temperature and eta of a site."""
+        if not knobs:
+            temperature = setting("temperature", self.temperature, site.name)
+            return temperature, setting("eta", self.eta, site.name)
         dtype = site.logits.dtype
-        learned = jnp.exp(tuning["log_temperature"]).astype(dtype)
-        return learned, tuning["eta"].astype(dtype), tuning.get("surrogate")
+        return jnp.exp(knobs["log_temperature"]).astype(dtype), knobs["eta"].astype(dtype)
 
     def _particle(
         self,
@@ -125,33 +137,52 @@ class ControlVariateELBO(DiscreteELBO, ABC):
         noise: Arrays = {}
         choose = _record.hard(noise)
         hard = self._checked(play(rng_key, plate_key, params, pair, choose, self._check))
-        layers = [self._relaxed(site, noise) for site in hard.sites]
         surrogate = hard.total()
         out = {"value": surrogate, "state": hard.state, "surrogate": surrogate}
-        if not layers:
+        if not hard.sites:
             return out
+        costs = lax.stop_gradient(hard.costs())
+        tuned = [self._tuned(site) for site in hard.sites]
 
         def run(choose: _record.Choose) -> Play:
             return play(rng_key, plate_key, lax.stop_gradient(params), pair, choose)
 
-        gradients = _gradients(layers, lax.stop_gradient(hard.costs()), run)
-        objective = []
-        for layer, g in zip(layers, gradients, strict=True):
-            surrogate = surrogate + jnp.sum(layer.site.logits * lax.stop_gradient(g))
-            objective.append(_variance(layer.site, g))
-        out["surrogate"] = surrogate
+        def objective(tree: list[dict[str, Any]]) -> tuple[jax.Array, list[jax.Array]]:
+            layers = [
+                self._relaxed(site, noise, knobs, merge(knobs.get("surrogate")))
+                for site, knobs, (_, merge) in zip(hard.sites, tree, tuned, strict=True)
+            ]
+            gradients = _gradients(layers, costs, run)
+            squares = map(_variance, hard.sites, gradients)
+            return functools.reduce(jnp.add, squares), gradients
+
+        tree = [knobs for knobs, _ in tuned]
         if self._is_tuned:
-            out["objective"] = sum(objective[1:], start=objective[0])
+            # Here, and not in the caller's derivative: numbers that reach the logits past the
+            # parameters, from an argument or a closure, must not get any of it.
+            slopes, gradients = jax.grad(objective, has_aux=True)(lax.stop_gradient(tree))
+            parts = jax.tree.map(
+                lambda x, slope: jnp.sum(x * lax.stop_gradient(slope)), tree, slopes
+            )
+            out["objective"] = sum(jax.tree.leaves(parts))
+        else:
+            gradients = objective(tree)[1]
+        for site, g in zip(hard.sites, gradients, strict=True):
+            surrogate = surrogate + jnp.sum(site.logits * lax.stop_gradient(g))
+        out["surrogate"] = surrogate
         return out
 
     def _check(self, name: str, fn: Any) -> None:
         _relaxation.check_relaxable(type(self).__name__, name, fn)
 
-    def _relaxed(self, site: Scored, noise: Arrays) -> Relaxed:
+    def _relaxed(
+        self, site: Scored, noise: Arrays, knobs: dict[str, Any], surrogate: Any
+    ) -> Relaxed:
         u = noise[site.name]
         key = random.fold_in(site.site["kwargs"]["rng_key"], 1)
         v = _relaxation.uniform(key, u.shape, u.dtype)
-        return Relaxed(site, str(site.kind), u, v, *self._knobs(site))
+        temperature, eta = self._numbers(site, knobs)
+        return Relaxed(site, str(site.kind), u, v, temperature, eta, surrogate)
 
 
 def _gradients(

@@ -68,7 +68,7 @@ class TraceDisARM_ELBO(DiscreteELBO):
         pair: _trace.Pair,
     ) -> dict[str, Any]:
         noise: dict[str, jax.Array] = {}
-        choose_hard = _record.hard(noise)
+        choose_hard = _record.hard(noise, whole=True)
         hard = self._checked(play(rng_key, plate_key, params, pair, choose_hard, _check))
         sites = {site.name: site for site in hard.sites}
         order = {name: i for i, name in enumerate(sites)}
@@ -84,7 +84,8 @@ class TraceDisARM_ELBO(DiscreteELBO):
                 if i == 0:
                     return chosen
                 z = _relaxation.noisy("bernoulli", _record.site_logits(msg), noise[msg["name"]])
-                return jnp.where(index < i, _relaxation.harden("bernoulli", z), chosen)
+                anew = _record.as_whole(_relaxation.harden("bernoulli", z))
+                return jnp.where(index < i, anew, chosen)
 
             found = play(rng_key, plate_key, params, pair, choose)
             return found.total(), found.costs()
@@ -114,6 +115,5 @@ def _check(name: str, fn: Any) -> None:
 def _mirrored(site: Scored, noise: dict[str, jax.Array]) -> jax.Array:
     """The draw from the mirrored noise ``1 - u``."""
     # In this form no digit of a small u is lost.
-    return _relaxation.harden(
-        "bernoulli", -_relaxation.noisy("bernoulli", -site.logits, noise[site.name])
-    )
+    z = -_relaxation.noisy("bernoulli", -site.logits, noise[site.name])
+    return _record.as_whole(_relaxation.harden("bernoulli", z))

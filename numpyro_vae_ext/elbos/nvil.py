@@ -132,7 +132,7 @@ class TraceNVIL_ELBO(DiscreteELBO):
         params: dict[str, Any],
         pair: _trace.Pair,
     ) -> dict[str, Any]:
-        found = self._checked(play(rng_key, plate_key, params, pair, _record.hard({})))
+        found = self._checked(play(rng_key, plate_key, params, pair, _record.hard({}, whole=True)))
         costs = lax.stop_gradient(found.costs())
         total = found.total()
         sites = {site.name: self._rows(site, costs[site.name]) for site in found.sites}

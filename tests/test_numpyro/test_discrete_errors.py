@@ -14,13 +14,14 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from cases import CASES
 from flax import nnx
 from jax import random
 from numpyro.handlers import mask, scale, seed, trace
 from numpyro.infer import SVI
 from test_numpyro.models import shaken
 
-from numpyro_vae_ext import _trace
+from numpyro_vae_ext import _trace, elbos
 from numpyro_vae_ext.distributions import OneHotCategorical
 from numpyro_vae_ext.elbos import (
     ImportanceWeightedELBO,
@@ -329,24 +330,34 @@ def test_looped_particles_agree_with_vectorised_ones(name: str) -> None:
     assert bool(jnp.all(found[0][1]["weight"] != 0))
 
 
-OWN = {
-    "rebar": {"_eta", "_log_temperature"},
-    "relax": {"_eta", "_log_temperature", "_surrogate$params"},
-    "nvil": {"_baseline_network$params"},
-    "disarm": set(),
-}
+def own_parameters(name: str, case: dict) -> set[str]:
+    """Suffixes of what a member declares at a site."""
+    if name in ("TraceREBAR_ELBO", "TraceRELAX_ELBO"):
+        learned = {"_surrogate$params"} if name == "TraceRELAX_ELBO" else set()
+        return {"_eta", "_log_temperature", *learned} if case.get("learn", True) else set()
+    baselines = case.get("baselines", ("running", "learned"))
+    learned = name == "TraceNVIL_ELBO" and "learned" in baselines
+    return {"_baseline_network$params"} if learned else set()
 
 
-@pytest.mark.parametrize("name", list(ESTIMATORS))
-def test_steps_of_svi(name: str) -> None:
-    elbo = ESTIMATORS[name]()
+MEMBERS = [
+    pytest.param(name, case, id=f"{name}-{i}")
+    for name, cases in CASES["elbos"].items()
+    if name.startswith("Trace")
+    for i, case in enumerate(cases)
+]
+
+
+@pytest.mark.parametrize(("name", "case"), MEMBERS)
+def test_steps_of_svi(name: str, case: dict) -> None:
+    elbo = getattr(elbos, name)(**case)
     svi = SVI(model, elbo.tunable(guide), optax.sgd(1e-2), elbo)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         state = svi.init(KEY, data())
     first = svi.get_params(state)
     sites = ("aux", "b")
-    own = {f"{site}{suffix}" for site in sites for suffix in OWN[name]}
+    own = {f"{site}{suffix}" for site in sites for suffix in own_parameters(name, case)}
     assert set(first) == {"weight", "loc"} | own
     step = jax.jit(svi.update)
     for _ in range(3):
@@ -361,7 +372,7 @@ def test_steps_of_svi(name: str) -> None:
     for key in params:
         moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), params[key], first[key])
         assert any(jax.tree.leaves(moved)), key
-    if name == "nvil":
+    if name == "TraceNVIL_ELBO" and "running" in case.get("baselines", ("running",)):
         assert set(state.mutable_state) == {f"{site}_baseline" for site in sites}
         for running in state.mutable_state.values():
             assert {k: x.shape for k, x in running.items()} == dict.fromkeys(
@@ -401,6 +412,18 @@ def test_tuning_and_learning_leave_each_other_alone() -> None:
         want = (tuned if own else plain)[key]
         np.testing.assert_allclose(found[key], want, rtol=1e-4, atol=1e-6)
         assert bool(jnp.any(want != 0))
+
+
+def test_logits_from_a_closure_get_nothing_of_the_tuning() -> None:
+    """A number that is no parameter is not held fixed with them."""
+
+    def value(a: jax.Array, learn: bool) -> jax.Array:
+        elbo = TraceREBAR_ELBO(learn=learn)
+        wrapped = elbo.tunable(single(dist.Bernoulli(logits=a)))
+        return elbo.loss(KEY, declared(wrapped), single(COIN), wrapped)
+
+    both = [jax.grad(value)(jnp.array([0.3, -0.4]), learn) for learn in (True, False)]
+    np.testing.assert_allclose(*both, rtol=1e-5)
 
 
 def test_the_network_sees_its_own_loss_alone() -> None:
@@ -446,6 +469,23 @@ def test_one_hot_sites_and_integers() -> None:
         found = jax.eval_shape(lambda wrapped=wrapped: declared(wrapped))
         assert found["z_baseline_network$params"]
         shapes(nvil, single(law), wrapped)
+
+
+@pytest.mark.parametrize("name", ["disarm", "nvil"])
+def test_bits_may_index_where_nothing_is_relaxed(name: str) -> None:
+    def model() -> None:
+        means = numpyro.param("means", jnp.array([-1.0, 1.0]))
+        b = numpyro.sample("z", dist.Bernoulli(logits=jnp.zeros(2)).to_event(1))
+        c = numpyro.sample("c", dist.Bernoulli(logits=means[b].sum()))
+        numpyro.sample("x", dist.Normal(means[b].sum() + means[c], 1.0), obs=0.3)
+
+    def program() -> None:
+        a = numpyro.param("a", jnp.zeros(2))
+        b = numpyro.sample("z", dist.Bernoulli(logits=a).to_event(1))
+        numpyro.sample("c", dist.Bernoulli(logits=a[b].sum()))
+
+    elbo = ESTIMATORS[name]()
+    shapes(elbo, model, elbo.tunable(program))
 
 
 def test_a_guide_without_own_parameters_is_itself() -> None:

@@ -9,10 +9,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import CASES
 from pyro import poutine
 from pyro.infer import SVI
 
-from pyro_vae_ext import _relaxation, distributions
+from pyro_vae_ext import _relaxation, distributions, elbos
 from pyro_vae_ext.elbos import (
     ImportanceWeightedELBO,
     TraceDisARM_ELBO,
@@ -549,12 +550,13 @@ def test_tuning_touches_nothing_else(cls: Any, one_hot: bool, exact: None) -> No
 
 
 STEPS = [
-    TraceREBAR_ELBO(),
-    TraceREBAR_ELBO(2, learn=False, vectorize_particles=False),
-    TraceRELAX_ELBO(hidden_dims=(4,)),
+    *(
+        getattr(elbos, name)(**case)
+        for name, cases in CASES["elbos"].items()
+        if name.startswith("Trace")
+        for case in cases
+    ),
     TraceRELAX_ELBO(surrogate=lambda width: Mean(width)),
-    TraceNVIL_ELBO(2, baselines=("running", "learned", "leave_one_out"), hidden_dims=()),
-    TraceDisARM_ELBO(),
     ImportanceWeightedELBO(3, gradient="vimco"),
     ImportanceWeightedELBO(3, gradient="vimco", chunk_size=2),
 ]
