@@ -85,8 +85,21 @@ def relax(fn: Program, *, temperature: Temperature) -> Program:
         with _Relax(value):
             return fn(*args, **kwargs)
 
-    # A module's attributes are none of the function's.
-    return functools.update_wrapper(program, fn, updated=())
+    if isinstance(fn, torch.nn.Module):
+        return _Module(fn, program)
+    return functools.update_wrapper(program, fn)
+
+
+class _Module(torch.nn.Module):
+    """A relaxed module is a module: its parameters are those of what it runs."""
+
+    def __init__(self, fn: torch.nn.Module, program: Program) -> None:
+        super().__init__()
+        self.fn = fn
+        self._program = program
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._program(*args, **kwargs)
 
 
 class _Relax(Messenger):

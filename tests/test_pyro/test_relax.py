@@ -277,3 +277,29 @@ def test_schedule() -> None:
     relaxed = relax(guide, temperature=lambda step: 0.05 + 2.0 * torch.exp(-step))
     svi = infer.SVI(annealed, relaxed, pyro.optim.Adam({"lr": 0.01}), infer.Trace_ELBO())
     assert all(np.isfinite(svi.step(torch.tensor(float(s)))) for s in range(3))
+
+
+def test_relaxed_modules_are_modules() -> None:
+    """The host's objectives find the parameters of a relaxed guide, under both interfaces."""
+
+    class Guide(pyro.nn.PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = pyro.nn.PyroModule[torch.nn.Linear](2, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return pyro.sample("b", dist.Bernoulli(logits=self.layer(x)).to_event(1))
+
+    def model(x: torch.Tensor) -> None:
+        b = pyro.sample("b", dist.Bernoulli(logits=torch.zeros(3)).to_event(1))
+        pyro.sample("x", dist.Normal(b.sum(), 1.0), obs=x.sum())
+
+    guide, x = Guide(), torch.ones(2)
+    pair = relax(model, temperature=0.5), relax(guide, temperature=0.5)
+    host = infer.Trace_ELBO()(*pair)
+    host(x).backward()
+    named = dict(host.named_parameters())
+    assert len(named) == 2 and all(p.grad is not None for p in named.values())
+    infer.SVI(*pair, pyro.optim.Adam({"lr": 0.01}), infer.Trace_ELBO()).step(x)
+    assert set(pyro.get_param_store()) == {"layer.weight", "layer.bias"}
+    assert guide(x).unique().numel() <= 2
