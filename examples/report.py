@@ -14,7 +14,18 @@ import numpy as np
 
 BACKENDS = tuple(name for name in ("pyro", "numpyro") if find_spec(name))
 COLUMNS = ("backend", "data", "guide", "objective", "bound", "NLL", "active units", "seconds")
+NET_COLUMNS = (
+    "backend",
+    "data",
+    "layers",
+    "estimator",
+    "training ELBO",
+    "last 1000 steps",
+    "test bound, 100 samples",
+    "seconds",
+)
 GUIDES = ("MeanField", "IAF", "Auxiliary", "VGP")
+ESTIMATORS = ("reinforce", "nvil", "leave-one-out", "rebar", "relax", "disarm", "vimco")
 # Guide of the eight schools: particles, gradient, learning rate.
 SCHOOLS_OBJECTIVES = {"MeanField": (1, "reparam", 5e-2), "IAF": (10, "stl", 5e-3)}
 COLOURS = {"MeanField": "#d1772f", "IAF": "#2f6fb0", "NUTS": "#333333"}
@@ -58,6 +69,48 @@ def vae_parser(description):
         help="learning rate on MNIST: the paper's stages, or a half cosine for short runs",
     )
     return result
+
+
+def belief_net_parser(description):
+    """Options of the two sigmoid belief nets."""
+    result = parser(description)
+    result.add_argument("--estimator", choices=ESTIMATORS, default="rebar")
+    result.add_argument("--num-layers", type=int, choices=(1, 2), default=1)
+    result.add_argument("--dataset", choices=("digits", "mnist"), default="digits")
+    result.add_argument("--data-dir", type=Path, help="folder of binarized_mnist_static.npz")
+    result.add_argument(
+        "--num-steps", type=int, help="steps of the optimiser; 20,000, or 2,000,000 on MNIST"
+    )
+    result.add_argument("--batch-size", type=int, help="rows of a batch; 50, or 24 on MNIST")
+    result.add_argument(
+        "--learning-rate", type=float, help="before its half cosine; 3e-3, or 1e-3 on MNIST"
+    )
+    result.add_argument(
+        "--num-evaluations", type=int, help="samples of every row behind the ELBOs; 50, or 4"
+    )
+    return result
+
+
+def belief_net_defaults(args):
+    """Fill in, in place, what depends on the data set."""
+    digits = args.dataset == "digits"
+    args.num_steps = args.num_steps or (20_000 if digits else 2_000_000)
+    args.batch_size = args.batch_size or (50 if digits else 24)
+    args.learning_rate = args.learning_rate or (3e-3 if digits else 1e-3)
+    args.num_evaluations = args.num_evaluations or (50 if digits else 4)
+    if args.smoke_test:
+        args.num_steps, args.num_evaluations = 20, 2
+
+
+def belief_net_title(backend, args):
+    """What the progress bar of a belief net says."""
+    return f"{backend} {args.dataset} {args.num_layers} x {args.estimator}"
+
+
+def belief_net_stem(backend, args):
+    """Path, without a suffix, of the files that a run of a belief net writes."""
+    name = f"belief_net_{args.dataset}_{backend}_{args.num_layers}_{args.estimator}_s{args.seed}"
+    return args.output_dir / name
 
 
 def objective_name(num_particles, gradient):
