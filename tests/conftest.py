@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import numpy as np
@@ -21,6 +22,11 @@ MISSING = {
 
 collect_ignore = [folder for folder, missing in MISSING.items() if missing]
 
+# XLA's older code generator compiles the small programs of the tests in a third of the time. Only
+# for releases that know the options: others end the process at an option that they do not know.
+QUICK_COMPILATION = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+QUICK_RELEASES = ("0.10.",)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vae-ext")
@@ -34,6 +40,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cpu":
         # Before JAX is imported: it would take a GPU that it finds.
         os.environ["JAX_PLATFORMS"] = "cpu"
+    if find_spec("jaxlib") is not None and version("jaxlib").startswith(QUICK_RELEASES):
+        # In front: XLA reads no further than the first word that is no option.
+        given = os.environ.get("XLA_FLAGS", "")
+        if QUICK_COMPILATION not in given:
+            os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} {given}"
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
+# Programs that run a few times: their compilation is what the tests wait for.
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 # Scripts that measure something else than a fit, and write a picture alone.
 WITHOUT_FITS = {"signal_to_noise", "energies_pyro", "energies_numpyro"}
 # What the user of a page that says "continues" has defined already.
@@ -104,7 +106,7 @@ def run(*command: str, cwd: Path) -> str:
     result = subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", **QUICK},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -61,11 +61,12 @@ def widened(params: Any, name: str, is_vgp: bool) -> Any:
 def started(model: Any, guide: Any, *args: Any, jit: bool = False, loss: Any = None) -> Any:
     """(svi, state) of the host; the first call of a guide."""
     svi = SVI(model, guide, optax.adam(0.05), loss or Trace_ELBO())
-    init = jax.jit(svi.init, static_argnums=range(2, len(args) + 1)) if jit else svi.init
+    static = [i for i, arg in enumerate(args, 1) if not isinstance(arg, jax.Array)]
+    init = jax.jit(svi.init, static_argnums=static) if jit else svi.init
     return svi, init(KEY, *args)
 
 
-def initial(model: Any, guide: Any, *args: Any, shake: float = 0.0, jit: bool = False) -> Any:
+def initial(model: Any, guide: Any, *args: Any, shake: float = 0.0, jit: bool = True) -> Any:
     svi, state = started(model, guide, *args, jit=jit)
     params = svi.get_params(state)
     return shaken(params, shake) if shake else params
@@ -203,7 +204,7 @@ def test_mean_weight_is_the_evidence_in_any_space(name: str, family: Any) -> Non
         model, x = constrained_model, jnp.abs(x[:, 0])
         truth, scale = constrained_evidence(x), [0.8, 1.5, 1.5, 2.5, 2.5]
     guide = AutoPosterior(model, family, init_scale=scale)
-    params = initial(model, guide, x, shake=0.1, jit=model is constrained_model)
+    params = initial(model, guide, x, shake=0.1)
     assert_unbiased(weights(model, guide, params, x), truth)
 
 
@@ -257,7 +258,7 @@ def test_density_by_hand(exact: None) -> None:
     """log q is that of the family minus the log-determinants of all that follows."""
     scales = jnp.linspace(0.1, 1.0, 21)
     guide = AutoPosterior(many_supports, SmallIAF, init_scale=scales)
-    params = initial(many_supports, guide, shake=0.3, jit=True)
+    params = initial(many_supports, guide, shake=0.3)
     laws: dict[str, Any] = {}
     sites: dict[str, Any] = {}
 
@@ -311,12 +312,20 @@ def test_amortised_density_by_hand(exact: None) -> None:
     x = normal(4, 3)
     guide = AutoAmortized(local_model, identity, family=SmallIAF)
     params = initial(local_model, guide, x, shake=0.3)
-    sites = recorded(guide, params, x)
-    z = sites["_auto_local"]["value"]
-    np.testing.assert_allclose(sites["rate"]["value"], jnp.exp(z[:, 0]), rtol=1e-12)
-    np.testing.assert_allclose(sites["w"]["value"], z[:, 1:].T, rtol=1e-12)
-    expected = family_of(guide, params, "auto_local_family").log_prob(z, x) - z[:, 0]
-    np.testing.assert_allclose(log_q(sites), expected.sum(), rtol=1e-10)
+
+    @jax.jit
+    def run(params: Any) -> Any:
+        sites = recorded(guide, params, x)
+        values = {k: site["value"] for k, site in sites.items() if site["type"] == "sample"}
+        z = values["_auto_local"]
+        expected = family_of(guide, params, "auto_local_family").log_prob(z, x) - z[:, 0]
+        return values, log_q(sites), expected.sum()
+
+    values, found, expected = run(params)
+    z = values["_auto_local"]
+    np.testing.assert_allclose(values["rate"], jnp.exp(z[:, 0]), rtol=1e-12)
+    np.testing.assert_allclose(values["w"], z[:, 1:].T, rtol=1e-12)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
 # --- layouts ----------------------------------------------------------------------------------
@@ -420,12 +429,16 @@ def test_draws_of_a_subsample_belong_together() -> None:
     params = initial(model, guide, x, 2)
     params["auto_local_family$params"]["loc"] = {"kernel": jnp.eye(1), "bias": jnp.zeros(1)}
     params["auto_local_family$params"]["log_scale"]["kernel"] = jnp.zeros((1, 1))
-    draws = guide.sample_posterior(KEY, params, x, 2, sample_shape=(20,))
+    draws, middle = jax.jit(
+        lambda: (
+            guide.sample_posterior(KEY, params, x, 2, sample_shape=(20,)),
+            guide.median(params, x, 2, rng_key=KEY, num_samples=20),
+        )
+    )()
     assert draws["z"].shape == draws["sum"].shape == (20, 2)
     rows = np.asarray(jnp.round(draws["z"] / 100))
     assert (rows == rows[0]).all() and rows[0, 0] != rows[0, 1]
     np.testing.assert_allclose(draws["sum"], draws["z"] + 100 * rows, atol=1e-3)
-    middle = guide.median(params, x, 2, rng_key=KEY, num_samples=20)
     np.testing.assert_allclose(middle["z"], 100 * rows[0], atol=5)
 
 
@@ -543,7 +556,7 @@ def test_list_of_guides() -> None:
     hidden = (block(model, hide=["t"]), block(model, hide=["rate"]))
     guide.append(AutoPosterior(hidden[0], MeanField, init_scale=0.8))
     guide.append(AutoPosterior(hidden[1], MeanField, init_scale=0.8, prefix="other"))
-    params = initial(model, guide, x)
+    params = initial(model, guide, x, jit=False)
     truth = np.log(2.0 * 9.0 / 3.7**3)
     assert_unbiased(weights(model, guide, params, x), truth)
     draws = guide.sample_posterior(KEY, params, sample_shape=(3,))

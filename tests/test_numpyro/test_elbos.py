@@ -50,13 +50,13 @@ def test_host_contract(case: dict) -> None:
     """Trains under SVI, step by step and in a loop, without a second compilation."""
     model, guide, params, x = pair()
     svi = SVI(model, guide, optax.adam(1e-2), ImportanceWeightedELBO(**case))
-    state = svi.init(KEY, x)
+    state = jax.jit(svi.init)(KEY, x)
     update = jax.jit(svi.update)
     for _ in range(3):
         state, loss = update(state, x)
     assert update._cache_size() == 1
     assert loss.shape == () and not loss.weak_type and jnp.isfinite(loss)
-    assert jnp.isfinite(svi.evaluate(state, x))
+    assert jnp.isfinite(jax.jit(svi.evaluate)(state, x))
 
 
 def test_svi_run_lowers_the_loss() -> None:
@@ -102,11 +102,10 @@ def test_layouts_agree_on_value_and_gradient(exact: None, name: str, gradient: s
 def test_gradients_share_one_value(exact: None) -> None:
     model, guide, params, x = pair("IAF")
     for particles in (1, 5):
-        losses = [
-            ImportanceWeightedELBO(particles, gradient=gradient).loss(KEY, params, model, guide, x)
-            for gradient in GRADIENTS
-        ]
-        np.testing.assert_allclose(losses, losses[0], rtol=1e-12)
+        elbos = [ImportanceWeightedELBO(particles, gradient=gradient) for gradient in GRADIENTS]
+        losses = jax.jit(lambda p, e=elbos: [elbo.loss(KEY, p, model, guide, x) for elbo in e])
+        found = losses(params)
+        np.testing.assert_allclose(found, found[0], rtol=1e-12)
 
 
 def test_bound_is_that_of_its_log_weights(exact: None) -> None:
@@ -125,7 +124,7 @@ def test_one_particle_is_the_hosts_elbo(exact: None, gradient: str) -> None:
     model, guide, params, x = pair("IAF")
     ours = ImportanceWeightedELBO(1, gradient=gradient)
     found, expected = (
-        jax.value_and_grad(lambda p, e=elbo: e.loss(KEY, p, model, guide, x))(params)
+        jax.jit(jax.value_and_grad(lambda p, e=elbo: e.loss(KEY, p, model, guide, x)))(params)
         for elbo in (ours, Trace_ELBO())
     )
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-12)
@@ -239,11 +238,12 @@ def test_row_mask_is_dropping_the_rows(
     def loss(p: dict, x: jax.Array) -> jax.Array:
         return elbo.loss(KEY, p, model, guide, x, kept)
 
-    found, again = (jax.jit(jax.value_and_grad(loss))(params, data) for data in (x, spoilt))
+    step = jax.jit(jax.value_and_grad(loss))
+    found, again = (step(params, data) for data in (x, spoilt))
     assert difference(found, again) < 1e-9
     # The noise of a row depends on the number of rows: the same weights, row by row, instead.
-    weights = elbo.log_weights(KEY, params, model, guide, x, kept)
-    full = elbo.log_weights(KEY, params, model, guide, x, jnp.ones(6, bool))
+    weigh = jax.jit(lambda rows: elbo.log_weights(KEY, params, model, guide, x, rows))
+    weights, full = weigh(kept), weigh(jnp.ones(6, bool))
     np.testing.assert_allclose(weights, jnp.where(kept, full, 0.0), rtol=1e-12)
     expected = jax.nn.logsumexp(full[:, kept], 0) - np.log(particles)
     np.testing.assert_allclose(found[0], -expected.sum(), rtol=1e-12)
@@ -305,7 +305,7 @@ def test_mutable_state(gradient: str, particles: int, layout: dict) -> None:
     x = 1.0 + normal(6, 2)
     elbo = ImportanceWeightedELBO(particles, gradient=gradient, **layout)
     svi = SVI(model, guide, optax.sgd(0.0), elbo)
-    state = svi.init(KEY, x)
+    state = jax.jit(svi.init)(KEY, x)
     update = jax.jit(svi.update)
     for _ in range(2):
         state, loss = update(state, x)
@@ -315,14 +315,19 @@ def test_mutable_state(gradient: str, particles: int, layout: dict) -> None:
     np.testing.assert_allclose(encoded["mean"], 0.875 * x.mean(0), rtol=1e-5)
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(state.mutable_state))
     params = {**svi.get_params(state), **state.mutable_state}
-    found = elbo.loss_with_mutable_state(KEY, params, model, guide, x)
-    np.testing.assert_allclose(elbo.loss(KEY, params, model, guide, x), found["loss"], rtol=1e-5)
+    keys = jax.random.split(KEY, particles) if particles > 1 else KEY[None]
+
+    @jax.jit
+    def run(params: dict) -> tuple:
+        args = (params, model, guide, x)
+        one = elbo.__class__(1)
+        each = jax.vmap(lambda key: one.loss_with_mutable_state(key, *args)["mutable_state"])(keys)
+        return elbo.loss(KEY, *args), elbo.loss_with_mutable_state(KEY, *args), each
+
+    loss, found, each = run(params)
+    np.testing.assert_allclose(loss, found["loss"], rtol=1e-5)
     # The mean over the particles: nearer to the last one than any particle by itself.
-    means = [
-        elbo.__class__(1).loss_with_mutable_state(key, params, model, guide, x)["mutable_state"]
-        for key in (jax.random.split(KEY, particles) if particles > 1 else [KEY])
-    ]
-    expected = np.mean([m["decoder$state"]["state"]["mean"] for m in means], axis=0)
+    expected = np.mean(each["decoder$state"]["state"]["mean"], axis=0)
     got = found["mutable_state"]["decoder$state"]["state"]["mean"]
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 

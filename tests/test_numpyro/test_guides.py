@@ -33,10 +33,14 @@ def build(name: str, case: dict) -> tuple[nnx.Module, jax.Array | None]:
     return posterior, None if width is None else normal(ROWS, width, seed=1)
 
 
-def drawn(posterior: nnx.Module, context: jax.Array | None, seed: int = 0):
-    """A batch of samples, what they carry, and their distribution."""
-    law = posterior.distribution(context).expand((ROWS,))
-    return (*law.sample_with_intermediates(jax.random.key(seed)), law)
+def law_of(posterior: nnx.Module, context: jax.Array | None) -> dist.Distribution:
+    return posterior.distribution(context).expand((ROWS,))
+
+
+@jax.jit
+def drawn(posterior: nnx.Module, context: jax.Array | None):
+    """A batch of samples, and what they carry."""
+    return law_of(posterior, context).sample_with_intermediates(jax.random.key(0))
 
 
 def reference_log_prob(name: str, case: dict, weights: dict, value, context):
@@ -51,12 +55,16 @@ def reference_log_prob(name: str, case: dict, weights: dict, value, context):
 def test_starts_near_a_standard_normal(name: str, case: dict) -> None:
     """Around the origin at a zero context, with scales near 1 at any."""
     new = family(name, **case)
+
+    @jax.jit
+    def draw(new: nnx.Module, context: jax.Array | None) -> jax.Array:
+        return new.distribution(context).sample(jax.random.key(1), (4000,))
+
     for scale in (0.0, 1.0):
         context = None
         if case["context_dim"] is not None:
             context = scale * jax.random.normal(jax.random.key(0), (1, case["context_dim"]))
-        law = new.distribution(context)
-        z = np.asarray(law.sample(jax.random.key(1), (4000,)))
+        z = np.asarray(draw(new, context))
         assert np.abs(np.log(z.std(0))).max() < 0.8
         if scale == 0.0:
             assert np.abs(z.mean((0, 1) if z.ndim > 2 else 0)).max() < 0.3
@@ -68,13 +76,18 @@ def test_shapes_in_plates(name: str, case: dict, plates: tuple[int, ...]) -> Non
     posterior, context = build(name, case)
     if context is not None and not plates:
         context = context[0]
-    with seed(rng_seed=0), trace() as sites, numpyro.plate_stack("rows", list(plates)):
-        value = nnx_module("posterior", posterior)("z", context)
-    assert value.shape == (*plates, case["latent_dim"])
-    site = sites["z"]
-    assert site["fn"].log_prob(value, site["intermediates"]).shape == plates
-    assert site["fn"].event_dim == 1 and site["fn"].has_rsample
-    assert [k for k, s in sites.items() if s["type"] == "mutable"] == []
+
+    def statement(posterior: nnx.Module, context: jax.Array | None) -> jax.Array:
+        with seed(rng_seed=0), trace() as sites, numpyro.plate_stack("rows", list(plates)):
+            value = nnx_module("posterior", posterior)("z", context)
+        assert value.shape == (*plates, case["latent_dim"])
+        site = sites["z"]
+        assert site["fn"].log_prob(value, site["intermediates"]).shape == plates
+        assert site["fn"].event_dim == 1 and site["fn"].has_rsample
+        assert [k for k, s in sites.items() if s["type"] == "mutable"] == []
+        return value
+
+    jax.eval_shape(statement, posterior, context)
 
 
 @pytest.mark.parametrize("batch", [(), (2, 3, ROWS)])
@@ -83,46 +96,62 @@ def test_any_left_batch(name: str, case: dict, batch: tuple[int, ...]) -> None:
     """Particles are dimensions on the left: rows do not mix, and the context may lack them."""
     posterior, _ = build(name, case)
     context = None if case["context_dim"] is None else normal(*batch[1:], case["context_dim"])
-    law = posterior.distribution(context).expand(batch)
-    value, carried = law.sample_with_intermediates(jax.random.key(0), (4,))
+
+    @jax.jit
+    def run(posterior: nnx.Module, context: jax.Array | None) -> tuple:
+        law = posterior.distribution(context).expand(batch)
+        value, carried = law.sample_with_intermediates(jax.random.key(0), (4,))
+        log_prob = law.log_prob(value, carried)
+        if name == "MeanField":
+            assert law.base_dist.log_prob(value, carried).shape == value.shape
+        return value, log_prob, posterior.log_prob(value[2], context)
+
+    value, log_prob, one = run(posterior, context)
     assert value.shape == (4, *batch, case["latent_dim"])
-    log_prob = law.log_prob(value, carried)
-    if name == "MeanField":
-        assert law.base_dist.log_prob(value, carried).shape == value.shape
     assert log_prob.shape == (4, *batch)
-    one = posterior.log_prob(value[2], context)
     np.testing.assert_allclose(log_prob[2], one, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "case"), MEMBERS)
 def test_density_is_the_reference(exact: None, name: str, case: dict) -> None:
     posterior, context = build(name, case)
-    value, carried, law = drawn(posterior, context)
+    value, carried = drawn(posterior, context)
+    foreign = np.asarray(value) + 0.7
+
+    @jax.jit
+    def run(posterior: nnx.Module, context: jax.Array | None) -> tuple:
+        known = law_of(posterior, context).log_prob(value, carried)
+        return known, posterior.log_prob(foreign, context)
+
+    known, other = run(posterior, context)
     numpy_context = None if context is None else np.asarray(context)
     expected = reference_log_prob(name, case, named(posterior), np.asarray(value), numpy_context)
-    np.testing.assert_allclose(law.log_prob(value, carried), expected, rtol=1e-10)
-    foreign = np.asarray(value) + 0.7
+    np.testing.assert_allclose(known, expected, rtol=1e-10)
     expected = reference_log_prob(name, case, named(posterior), foreign, numpy_context)
-    np.testing.assert_allclose(posterior.log_prob(foreign, context), expected, rtol=1e-10)
+    np.testing.assert_allclose(other, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize(("name", "case"), MEMBERS)
 def test_density_is_the_change_of_variables(exact: None, name: str, case: dict) -> None:
     posterior, context = build(name, case)
-    _, carried, law = drawn(posterior, context)
+    _, carried = drawn(posterior, context)
 
-    def sample(noise: jax.Array, context: jax.Array | None) -> jax.Array:
-        if name == "MeanField":
-            loc, log_scale = posterior.loc_and_log_scale(context)
-            return loc + jnp.exp(log_scale) * noise
-        return posterior.distribution(context).transform.forward(noise)[0]
+    @jax.jit
+    def run(posterior: nnx.Module, context: jax.Array | None) -> tuple:
+        def sample(noise: jax.Array, context: jax.Array | None) -> jax.Array:
+            if name == "MeanField":
+                loc, log_scale = posterior.loc_and_log_scale(context)
+                return loc + jnp.exp(log_scale) * noise
+            return posterior.distribution(context).transform.forward(noise)[0]
 
-    axes = (0, None if context is None else 0)
-    value = jax.vmap(sample, axes)(carried.noise, context)
-    jacobian = jax.vmap(jax.jacfwd(sample), axes)(carried.noise, context)
-    expected = dist.Normal(0.0, 1.0).log_prob(carried.noise).sum(-1)
-    expected = expected - jnp.linalg.slogdet(jacobian)[1]
-    np.testing.assert_allclose(law.log_prob(value, carried), expected, rtol=1e-10)
+        axes = (0, None if context is None else 0)
+        value = jax.vmap(sample, axes)(carried.noise, context)
+        jacobian = jax.vmap(jax.jacfwd(sample), axes)(carried.noise, context)
+        expected = dist.Normal(0.0, 1.0).log_prob(carried.noise).sum(-1)
+        expected = expected - jnp.linalg.slogdet(jacobian)[1]
+        return law_of(posterior, context).log_prob(value, carried), expected
+
+    np.testing.assert_allclose(*run(posterior, context), rtol=1e-10)
 
 
 @pytest.mark.parametrize("how", ["inverted", "path"])
@@ -132,10 +161,10 @@ def test_density_at_a_fixed_value_has_exact_derivatives(
 ) -> None:
     """In the value, the context and every parameter, against the reference's complex step."""
     posterior, context = build(name, case)
-    value, carried, _ = drawn(posterior, context)
+    value, carried = drawn(posterior, context)
 
     def log_prob(posterior: nnx.Module, value: jax.Array, context: jax.Array | None) -> jax.Array:
-        law = posterior.distribution(context).expand((ROWS,))
+        law = law_of(posterior, context)
         return law.log_prob(value, *([carried.path()] if how == "path" else [])).sum()
 
     argnums = (0, 1) if context is None else (0, 1, 2)
@@ -163,18 +192,19 @@ def test_a_gradient_reaches_every_parameter(name: str, case: dict, kept: bool) -
     posterior, context = build(name, case)
 
     def objective(posterior: nnx.Module, context: jax.Array | None) -> jax.Array:
-        law = posterior.distribution(context).expand((ROWS,))
+        law = law_of(posterior, context)
         value, carried = law.sample_with_intermediates(jax.random.key(0))
         log_prob = law.log_prob(value, carried) if kept else law.log_prob(jnp.ones_like(value))
         return (log_prob + (value**2).sum(-1) * kept).sum()
 
-    gradient = named(jax.grad(objective)(posterior, context))
+    argnums = (0,) if context is None else (0, 1)
+    found = jax.jit(jax.grad(objective, argnums))(posterior, context)
+    gradient = named(found[0])
     # With one feature the masked nets see no z: their first weights have nothing to do.
     idle = {f"nets.{t}.layers.0.weight" for t in range(9)} if case["latent_dim"] == 1 else set()
     assert {k for k, v in gradient.items() if not v.any()} == idle & set(gradient)
     if context is not None:
-        reached = np.asarray(jax.grad(objective, 1)(posterior, context))
-        assert reached.any(-1).all()
+        assert np.asarray(found[1]).any(-1).all()
 
 
 @pytest.mark.parametrize("dtype_name", ["float32", "float64"])
@@ -182,8 +212,14 @@ def test_a_gradient_reaches_every_parameter(name: str, case: dict, kept: bool) -
 def test_dtypes(exact: None, name: str, case: dict, dtype_name: str) -> None:
     posterior, context = build(name, {**case, "param_dtype": jnp.dtype(dtype_name)})
     context = None if context is None else context.astype(dtype_name)
-    value, carried, law = drawn(posterior, context)
-    arrays = (value, law.log_prob(value, carried), law.log_prob(value), *jax.tree.leaves(posterior))
+    value, carried = drawn(posterior, context)
+
+    @jax.jit
+    def run(posterior: nnx.Module, context: jax.Array | None) -> tuple:
+        law = law_of(posterior, context)
+        return law.log_prob(value, carried), law.log_prob(value)
+
+    arrays = (value, *run(posterior, context), *jax.tree.leaves(posterior))
     assert {str(x.dtype) for x in arrays} == {dtype_name}
     assert not any(x.weak_type for x in arrays)
     tolerance = 1e-10 if dtype_name == "float64" else 2e-4
@@ -193,27 +229,34 @@ def test_dtypes(exact: None, name: str, case: dict, dtype_name: str) -> None:
 @pytest.mark.parametrize(("name", "case"), MEMBERS)
 def test_save_and_load(name: str, case: dict) -> None:
     posterior, context = build(name, case)
-    value, _, law = drawn(posterior, context)
+    value, _ = drawn(posterior, context)
     saved = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(posterior)))
     fresh = family(name, **case)
     state = nnx.state(fresh)
     nnx.replace_by_pure_dict(state, saved)
     nnx.update(fresh, state)
-    np.testing.assert_array_equal(fresh.log_prob(value, context), law.log_prob(value))
+    score = jax.jit(lambda posterior: posterior.log_prob(value, context))
+    np.testing.assert_array_equal(score(fresh), score(posterior))
 
 
 @pytest.mark.parametrize(("name", "case"), MEMBERS)
 def test_masked_rows_score_zero(name: str, case: dict) -> None:
     posterior, context = build(name, case)
     rows = jnp.arange(ROWS) % 2 == 0
-    with seed(rng_seed=0), trace() as sites, numpyro.plate("data", ROWS), mask(mask=rows):
-        value = posterior("z", context)
-    site = sites["z"]
-    # A flow keeps its draw under a mask: it would have to invert itself otherwise.
-    assert bool(site["intermediates"]) == (name == "IAF")
-    for carried in ([site["intermediates"]] if site["intermediates"] else []), []:
-        log_prob = site["fn"].log_prob(value, *carried)
-        expected = jnp.where(rows, posterior.log_prob(value, context), 0.0)
+
+    @jax.jit
+    def run(posterior: nnx.Module, context: jax.Array | None) -> tuple:
+        with seed(rng_seed=0), trace() as sites, numpyro.plate("data", ROWS), mask(mask=rows):
+            value = posterior("z", context)
+        site = sites["z"]
+        # A flow keeps its draw under a mask: it would have to invert itself otherwise.
+        assert bool(site["intermediates"]) == (name == "IAF")
+        kept = [site["intermediates"]] if site["intermediates"] else []
+        found = [site["fn"].log_prob(value, *carried) for carried in (kept, [])]
+        return found, jnp.where(rows, posterior.log_prob(value, context), 0.0)
+
+    found, expected = run(posterior, context)
+    for log_prob in found:
         np.testing.assert_allclose(log_prob, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -221,9 +264,15 @@ def test_masked_rows_score_zero(name: str, case: dict) -> None:
 def test_inverse_in_many_dimensions(exact: None, name: str, case: dict) -> None:
     posterior = shaken(family(name, **{**case, "latent_dim": 20}), scale=0.1)
     context = None if case["context_dim"] is None else normal(ROWS, case["context_dim"])
-    value, carried, law = drawn(posterior, context)
-    np.testing.assert_allclose(law.transform.inverse(value), carried.noise, atol=1e-9)
-    batched = jax.jit(jax.vmap(law.transform.inverse))(jnp.stack([value, 3 * value]))
+    value, carried = drawn(posterior, context)
+
+    @jax.jit
+    def run(posterior: nnx.Module, context: jax.Array | None) -> tuple:
+        inverse = law_of(posterior, context).transform.inverse
+        return inverse(value), jax.vmap(inverse)(jnp.stack([value, 3 * value]))
+
+    alone, batched = run(posterior, context)
+    np.testing.assert_allclose(alone, carried.noise, atol=1e-9)
     np.testing.assert_allclose(batched[0], carried.noise, atol=1e-9)
 
 

@@ -53,6 +53,7 @@ SITES = {"Auxiliary": ("aux", "z"), "VGP": ("xi", "z")}
 PATHS = ("Auxiliary-4", "Auxiliary-6", "nested", "VGP-5", "VGP-6")
 ROWS = 5
 KEY = jax.random.key(4)
+KEYS = jax.random.split(KEY, 500)
 
 
 def build(name: str, case: dict) -> tuple[nnx.Module, jax.Array | None]:
@@ -265,16 +266,22 @@ class Programs:
             elbo = ImportanceWeightedELBO(8, gradient=how)
             return jax.grad(lambda p: elbo.loss(key, p, model, guide))(params)
 
-        def step(params: Params, state: Any, key: jax.Array) -> tuple[Params, Any, Params]:
-            found = gradient("reparam", params, key)
-            updates, state = adam.update(found, state)
-            return optax.apply_updates(params, updates), state, found
+        def train(params: Params, keys: jax.Array, steps: Any) -> tuple[Params, Params]:
+            def step(i: Any, carry: tuple[Params, Any, Params]) -> tuple[Params, Any, Params]:
+                params, state, _ = carry
+                found = gradient("reparam", params, keys[i])
+                updates, state = adam.update(found, state)
+                return optax.apply_updates(params, updates), state, found
+
+            start = (params, adam.init(params), params)
+            trained, _, found = jax.lax.fori_loop(0, steps, step, start)
+            return trained, found
 
         def path_gradients(params: Params, key: jax.Array) -> list[Params]:
             return [gradient(how, params, key) for how in ("stl", "dreg")]
 
-        self.start = adam.init
-        self.step = jax.jit(step)
+        # Parameters after so many steps, and the gradient of the last: one program for both.
+        self.train = jax.jit(train)
         self.path_gradients = jax.jit(path_gradients)
         self.log_weights = jax.jit(lambda p, key: weigher.log_weights(key, p, model, guide))
 
@@ -296,7 +303,7 @@ def test_a_gradient_reaches_every_parameter(member: str, gradient: str) -> None:
     if gradient == "path":
         found = shared.path_gradients(params, KEY)
     else:
-        found = [shared.step(params, shared.start(params), KEY)[2]]
+        found = [shared.train(params, KEYS, 1)[1]]
     # With one dimension a masked net sees no other: its first weights are masked out.
     idle = {
         key
@@ -352,9 +359,8 @@ def test_mean_weight_is_the_evidence(member: str) -> None:
 
     params = widened(shared.params, name)
     check_evidence(shared.log_weights(params, KEY), shared.truth)
-    before, state = flat(params), shared.start(params)
-    for key in jax.random.split(KEY, 500):
-        params, state, _ = shared.step(params, state, key)
+    before = flat(params)
+    params, _ = shared.train(params, KEYS, len(KEYS))
     moved = {key: np.abs(value - before[key]).max() for key, value in flat(params).items()}
     for part in ("reverse.", "base." if name == "VGP" else "conditional."):
         assert max(change for key, change in moved.items() if key.startswith(part)) > 0.03
@@ -513,7 +519,7 @@ def test_any_kernel() -> None:
     posterior = VGP(2, 4, num_inducing=6, kernel=Periodic(), rngs=nnx.Rngs(0))
     shared = Programs(shaken(posterior, 0.02))
     check_evidence(shared.log_weights(widened(shared.params, "VGP"), KEY), shared.truth)
-    found = shared.step(shared.params, shared.start(shared.params), KEY)[2]
+    found = shared.train(shared.params, KEYS, 1)[1]
     assert np.abs(flat(found)["kernel.period"]) > 0
 
 

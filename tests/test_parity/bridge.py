@@ -84,19 +84,17 @@ class Noise:
             return call()
 
     def jax(self, call: Callable[[], Any]) -> Any:
-        """Sites are told apart by their key: a site that is run again draws the same again."""
-        known: dict[int, np.ndarray] = {}
-        given = iter(self.draws)
+        """A program that is run again draws the same again, in the same order; also compiled."""
+        count = 0
 
         def draw(key: Any, shape: tuple = (), dtype: Any = float) -> Any:
-            # Under vmap over particles the trace sees one particle: the noise is looked up by
-            # its position in the batch, which a callback gets from the key.
+            nonlocal count
+            noise = self.draws[count % len(self.draws)]
+            count += 1
+
+            # Under vmap over particles the trace sees one particle: a callback gets all keys.
             def look_up(keys: np.ndarray) -> np.ndarray:
-                flat = keys.reshape(-1, keys.shape[-1])
-                first = flat[0].tobytes()
-                if first not in known:
-                    known[first] = next(given)
-                return np.asarray(known[first], dtype).reshape(keys.shape[:-1] + shape)
+                return np.asarray(noise, dtype).reshape(keys.shape[:-1] + shape)
 
             data = key if jnp.issubdtype(key.dtype, jnp.integer) else jax.random.key_data(key)
             like = jax.ShapeDtypeStruct(shape, jnp.result_type(dtype))
@@ -104,4 +102,6 @@ class Noise:
 
         with self.monkeypatch.context() as patch:
             patch.setattr(jax.random, "normal", draw)
-            return call()
+            found = call()
+        assert count and count % len(self.draws) == 0
+        return found

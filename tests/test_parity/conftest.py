@@ -15,8 +15,14 @@ def float64() -> Iterator[None]:
 
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
+    before = {
+        "jax_enable_x64": jax.config.jax_enable_x64,
+        "jax_disable_most_optimizations": jax.config.read("jax_disable_most_optimizations"),
+    }
+    # The programs run once: their compilation is what the tests wait for.
+    for name in before:
+        jax.config.update(name, True)
     yield
-    jax.config.update("jax_enable_x64", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
     torch.set_default_dtype(torch.float32)

@@ -91,7 +91,7 @@ def test_loss_and_every_gradient(monkeypatch: pytest.MonkeyPatch, name: str, cas
             parameter.add_(0.1 * torch.randn_like(parameter))
     key, elbo = jax.random.PRNGKey(0), NumPyroELBO(4)
     svi = numpyro.infer.SVI(theirs_model, theirs, numpyro.optim.Adam(1e-3), elbo)
-    params = svi.get_params(svi.init(key, jnp.asarray(COUNTS)))
+    params = svi.get_params(jax.jit(svi.init)(key, jnp.asarray(COUNTS)))
     site = "auto_family$params" if joint else "auto_local_family$params"
     params[site] = to_jax(posterior, params[site])
 
@@ -112,9 +112,8 @@ def test_loss_and_every_gradient(monkeypatch: pytest.MonkeyPatch, name: str, cas
 
     def in_jax() -> tuple[float, dict]:
         loss = partial(elbo.loss, key)
-        value, gradients = jax.value_and_grad(
-            lambda p: loss(p, theirs_model, theirs, jnp.asarray(COUNTS))
-        )(params)
+        step = jax.value_and_grad(lambda p: loss(p, theirs_model, theirs, jnp.asarray(COUNTS)))
+        value, gradients = jax.jit(step)(params)
         return float(value), to_torch(gradients[site])
 
     (loss, gradients), (other_loss, other) = found.torch(in_torch), found.jax(in_jax)

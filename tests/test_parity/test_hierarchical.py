@@ -11,6 +11,7 @@ import pyro
 import pytest
 import torch
 from cases import CASES, HIERARCHICAL
+from flax import nnx
 from reference import auxiliary, vgp
 from test_parity.bridge import Noise, families
 
@@ -50,17 +51,20 @@ def test_samples_and_log_densities(monkeypatch: pytest.MonkeyPatch, name: str, c
         )
         return values, total.detach().numpy()
 
-    def in_jax() -> tuple:
+    def run_in_jax(theirs: nnx.Module, context: np.ndarray | None) -> tuple:
         tracer = numpyro.handlers.trace(numpyro.handlers.seed(theirs, rng_seed=0))
         with numpyro.plate("k", 3, dim=-2), numpyro.plate("n", ROWS):
             nodes = tracer.get_trace("z", context)
-        values = [np.asarray(nodes[site]["value"]) for site in SITES[name]]
+        values = [nodes[site]["value"] for site in SITES[name]]
         total = 0.0
         for site in (*SITES[name], "z_reverse"):
             node = nodes[site]
             kept = (node["intermediates"],) if node["intermediates"] else ()
             total = total + node["fn"].log_prob(node["value"], *kept)
-        return values, np.asarray(total)
+        return values, total
+
+    def in_jax() -> tuple:
+        return jax.tree.map(np.asarray, jax.jit(run_in_jax)(theirs, context))
 
     found = Noise(monkeypatch, *noise)
     (values, total), (other_values, other_total) = found.torch(in_torch), found.jax(in_jax)
@@ -85,7 +89,10 @@ def test_estimates_of_log_q(monkeypatch: pytest.MonkeyPatch, name: str, case: di
     found = Noise(monkeypatch, rng.standard_normal((5, ROWS, width)))
     given = None if context is None else torch.tensor(context)
     ours_log_q = found.torch(lambda: ours.log_prob(torch.tensor(value), given, num_samples=5))
-    theirs_log_q = found.jax(
-        lambda: theirs.log_prob(value, context, num_samples=5, rng_key=jax.random.PRNGKey(0))
-    )
+
+    @jax.jit
+    def estimate(theirs: nnx.Module, context: np.ndarray | None) -> jax.Array:
+        return theirs.log_prob(value, context, num_samples=5, rng_key=jax.random.PRNGKey(0))
+
+    theirs_log_q = found.jax(lambda: estimate(theirs, context))
     np.testing.assert_allclose(ours_log_q.detach().numpy(), theirs_log_q, **close)

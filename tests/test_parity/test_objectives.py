@@ -50,14 +50,14 @@ def test_samples_and_log_densities(monkeypatch: pytest.MonkeyPatch, name: str, c
         z = distribution.rsample()
         return z, distribution.log_prob(z), ours.log_prob(z.detach() + 0.1, as_torch(context))
 
-    def in_jax() -> tuple:
+    def run_in_jax(theirs: nnx.Module, context: np.ndarray | None) -> tuple:
         distribution = theirs.distribution(context).expand((3, ROWS))
         z, kept = distribution.sample_with_intermediates(jax.random.PRNGKey(0))
         density = distribution.log_prob(z, kept) if kept else distribution.log_prob(z)
         return z, density, theirs.log_prob(z + 0.1, context)
 
     found = Noise(monkeypatch, noise)
-    a, b = found.torch(in_torch), found.jax(in_jax)
+    a, b = found.torch(in_torch), found.jax(lambda: jax.jit(run_in_jax)(theirs, context))
     for x, y in zip(a, b, strict=True):
         np.testing.assert_allclose(x.detach().numpy(), y, **close)
     weights = {n: p.detach().numpy() for n, p in ours.named_parameters()}
@@ -166,9 +166,10 @@ def test_loss_and_every_gradient(
 
     def in_jax() -> tuple:
         elbo = NumPyroELBO(num_particles, gradient=gradient)
-        loss, found = jax.value_and_grad(
+        step = jax.value_and_grad(
             lambda p: elbo.loss(jax.random.PRNGKey(0), p, model_in_numpyro, guide_in_numpyro, x)
-        )(params)
+        )
+        loss, found = jax.jit(step)(params)
         flat = to_torch(found.pop("posterior$params"))
         return float(loss), {**flat, **{key: np.asarray(g) for key, g in found.items()}}
 
