@@ -86,15 +86,18 @@ class Noise:
     def jax(self, call: Callable[[], Any]) -> Any:
         """A program that is run again draws the same again, in the same order; also compiled."""
         count = 0
+        keys_of: dict[int, bytes] = {}
 
         def draw(key: Any, shape: tuple = (), dtype: Any = float) -> Any:
             nonlocal count
-            noise = self.draws[count % len(self.draws)]
+            place = count % len(self.draws)
             count += 1
 
             # Under vmap over particles the trace sees one particle: a callback gets all keys.
             def look_up(keys: np.ndarray) -> np.ndarray:
-                return np.asarray(noise, dtype).reshape(keys.shape[:-1] + shape)
+                flat = np.asarray(keys).tobytes()
+                assert keys_of.setdefault(place, flat) == flat, "drawn again with another key"
+                return np.asarray(self.draws[place], dtype).reshape(keys.shape[:-1] + shape)
 
             data = key if jnp.issubdtype(key.dtype, jnp.integer) else jax.random.key_data(key)
             like = jax.ShapeDtypeStruct(shape, jnp.result_type(dtype))
@@ -104,4 +107,5 @@ class Noise:
             patch.setattr(jax.random, "normal", draw)
             found = call()
         assert count and count % len(self.draws) == 0
+        assert len(set(keys_of.values())) == len(self.draws), "two sites share a key"
         return found
