@@ -58,7 +58,7 @@ class ImportanceWeightedELBO(LogWeightELBO):
         Burda, Grosse and Salakhutdinov (2016), arXiv 1509.00519, eq. 8 and 13 (the bound);
         Roeder, Wu and Duvenaud (2017), arXiv 1703.09194, eq. 8 (``"stl"``);
         Tucker, Lawson, Gu and Maddison (2019), arXiv 1810.04152, eq. 8 (``"dreg"``);
-        Mnih and Rezende (2016), arXiv 1602.06725, eq. 10 (``"vimco"``).
+        Mnih and Rezende (2016), arXiv 1602.06725 (``"vimco"``).
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optax

@@ -55,7 +55,7 @@ class ImportanceWeightedELBO(LogWeightELBO):
         Burda, Grosse and Salakhutdinov, 2016, *Importance Weighted Autoencoders*,
         arXiv:1509.00519, eq. 8 and 14. Roeder, Wu and Duvenaud, 2017, *Sticking the Landing*,
         arXiv:1703.09194, eq. 8. Mnih and Rezende, 2016, *Variational Inference for Monte Carlo
-        Objectives*, arXiv:1602.06725, eq. 9 and 10. Tucker, Lawson, Gu and Maddison, 2019,
+        Objectives*, arXiv:1602.06725, per-sample signals. Tucker, Lawson, Gu and Maddison, 2019,
         *Doubly Reparameterized Gradient Estimators*, arXiv:1810.04152, eq. 7.
 
     Example:
