@@ -31,6 +31,8 @@ KEY = random.key(3)
 CASES = ((0.45, 0.3), (0.49, 0.3), (0.499, 0.3), (0.499, 0.5))
 PUBLISHED = 2
 DRAWS = 1_000_000
+# Calls that make them, one after another: the memory of a part.
+PARTS = 8
 BASELINES = ("running", "learned", "leave_one_out")
 Program = Callable[..., Any]
 
@@ -94,10 +96,17 @@ class Toy:
         self._gradient = jax.jit(jax.grad(loss, has_aux=True))
 
     def step(self, params: dict[str, Any], seed: int = 0) -> tuple[Any, np.ndarray, Any]:
-        """All gradients, the draws ``(cases, rows)`` among them, and the new state."""
-        found, state = self._gradient(params, random.key(seed))
-        # The factor is a reward: the loss is its negative.
-        return found, -np.asarray(found["logits"]), state
+        """Gradients of temperature and eta, draws ``(cases, PARTS * rows)``, and the new state."""
+        draws, own = [], []
+        for key in random.split(random.key(seed), PARTS):
+            found, state = self._gradient(params, key)
+            # The factor is a reward: the loss is its negative.
+            draws.append(-np.asarray(found["logits"]))
+            own.append(
+                {k: float(g) for k, g in found.items() if not isinstance(g, dict) and g.ndim == 0}
+            )
+        means = {k: np.mean([part[k] for part in own]) for k in own[0]}
+        return means, np.concatenate(draws, 1), state
 
     def check_mean(self, draws: np.ndarray) -> None:
         error = draws.std(1) / np.sqrt(draws.shape[1])
@@ -112,7 +121,7 @@ def test_toy_has_the_variance_of_its_closed_form(name: str) -> None:
         "leave_one_out": lambda: TraceNVIL_ELBO(2, baselines=("leave_one_out",)),
         "disarm": TraceDisARM_ELBO,
     }[name]()
-    problem = Toy(elbo, DRAWS // 4)
+    problem = Toy(elbo, DRAWS // 4 // PARTS)
     _, draws, _ = problem.step(problem.params)
     problem.check_mean(draws)
     variance = getattr(problem.closed, name)
@@ -124,7 +133,9 @@ def test_toy_has_the_variance_of_its_closed_form(name: str) -> None:
 
 @pytest.mark.parametrize("baseline", ["running", "learned"])
 def test_toy_is_unbiased_with_a_baseline(baseline: str) -> None:
-    problem = Toy(TraceNVIL_ELBO(baselines=(baseline,), hidden_dims=(4,)), DRAWS, CASES[:3])
+    problem = Toy(
+        TraceNVIL_ELBO(baselines=(baseline,), hidden_dims=(4,)), DRAWS // PARTS, CASES[:3]
+    )
     params = problem.params
     if baseline == "running":
         _, _, state = problem.step(params, 1)
@@ -138,7 +149,7 @@ def test_toy_is_unbiased_with_a_baseline(baseline: str) -> None:
 def test_toy_is_unbiased_and_tuned(name: str) -> None:
     """The mean, the tuning gradient as a difference quotient of the draws' variance, SVI."""
     elbo = TraceREBAR_ELBO() if name == "rebar" else TraceRELAX_ELBO(hidden_dims=(4,))
-    problem = Toy(elbo, DRAWS, CASES[PUBLISHED : PUBLISHED + 1])
+    problem = Toy(elbo, DRAWS // PARTS, CASES[PUBLISHED : PUBLISHED + 1])
     own, draws, _ = problem.step(problem.params)
     problem.check_mean(draws)
     step, error = 0.01, 20 * np.std(draws) * problem.closed.gradient[0] / np.sqrt(DRAWS)

@@ -28,6 +28,8 @@ from pyro_vae_ext.elbos import (
 CASES = ((0.45, 0.3), (0.49, 0.3), (0.499, 0.3), (0.499, 0.5))
 PUBLISHED = 2
 DRAWS = 1_000_000
+# Calls that make them, one after another: the memory of a part.
+PARTS = 8
 BASELINES = ("running", "learned", "leave_one_out")
 Program = Callable[..., Any]
 
@@ -85,7 +87,12 @@ class Toy:
             pyro.sample("b", dist.Bernoulli(logits=self.logits))
 
     def step(self, seed: int = 0) -> tuple[dict[str, float], np.ndarray]:
-        """Gradients of temperature and eta, and draws ``(cases, rows)``."""
+        """Gradients of temperature and eta, and draws ``(cases, PARTS * rows)``."""
+        found, draws = zip(*(self.part(PARTS * seed + i) for i in range(PARTS)), strict=True)
+        own = {key: float(np.mean([f[key] for f in found])) for key in found[0]}
+        return own, np.concatenate(draws, 1)
+
+    def part(self, seed: int) -> tuple[dict[str, float], np.ndarray]:
         pyro.set_rng_seed(seed)
         knobs = {k: p for k, p in parameters(self.guide).items() if "surrogate" not in k}
         knobs = {k: p for k, p in knobs.items() if "network" not in k}
@@ -107,7 +114,7 @@ def test_toy_has_the_variance_of_its_closed_form(name: str) -> None:
         "leave_one_out": lambda: TraceNVIL_ELBO(2, baselines=("leave_one_out",)),
         "disarm": TraceDisARM_ELBO,
     }[name]()
-    problem = Toy(elbo, DRAWS // 4)
+    problem = Toy(elbo, DRAWS // 4 // PARTS)
     _, draws = problem.step()
     problem.check_mean(draws)
     variance = getattr(problem.closed, name)
@@ -119,10 +126,12 @@ def test_toy_has_the_variance_of_its_closed_form(name: str) -> None:
 
 @pytest.mark.parametrize("baseline", ["running", "learned"])
 def test_toy_is_unbiased_with_a_baseline(baseline: str) -> None:
-    problem = Toy(TraceNVIL_ELBO(baselines=(baseline,), hidden_dims=(4,)), DRAWS, CASES[:3])
+    problem = Toy(
+        TraceNVIL_ELBO(baselines=(baseline,), hidden_dims=(4,)), DRAWS // PARTS, CASES[:3]
+    )
     if baseline == "running":
         problem.step(1)
-        assert {k.split(".")[-1]: v for k, v in problem.guide.named_buffers()}["count"] == 1
+        assert {k.split(".")[-1]: v for k, v in problem.guide.named_buffers()}["count"] == PARTS
     _, draws = problem.step()
     problem.check_mean(draws)
 
@@ -131,7 +140,7 @@ def test_toy_is_unbiased_with_a_baseline(baseline: str) -> None:
 def test_toy_is_unbiased_and_tuned(name: str) -> None:
     """The mean, the tuning gradient as a difference quotient of the draws' variance, SVI."""
     elbo = TraceREBAR_ELBO() if name == "rebar" else TraceRELAX_ELBO(hidden_dims=(4,))
-    problem = Toy(elbo, DRAWS, CASES[PUBLISHED : PUBLISHED + 1])
+    problem = Toy(elbo, DRAWS // PARTS, CASES[PUBLISHED : PUBLISHED + 1])
     own, draws = problem.step()
     problem.check_mean(draws)
     step, error = 0.01, 20 * np.std(draws) * problem.closed.gradient[0] / np.sqrt(DRAWS)
