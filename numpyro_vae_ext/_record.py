@@ -147,6 +147,13 @@ def mutable_state(recorded: Sites) -> Params:
     return {name: site["value"] for name, site in recorded.items() if site["type"] == "mutable"}
 
 
+def merged_state(state: Params) -> Params:
+    """The state after a step, from that of all particles in front: means, or the first one's."""
+    return jax.tree.map(
+        lambda x: jnp.mean(x, axis=0) if jnp.issubdtype(x.dtype, jnp.floating) else x[0], state
+    )
+
+
 def log_probs(recorded: Sites, *, soft: bool = False) -> dict[str, jax.Array]:
     """The log-densities of all sample sites, unscaled.
 

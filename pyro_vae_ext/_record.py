@@ -206,6 +206,7 @@ def terms(model_sites: Sites, guide_sites: Sites) -> list[Term]:
 
 
 def plates(site: Any) -> dict[int, str]:
+    """Names of the plates that a site stands in, by dimension, without the particles'."""
     frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
     return {frame.dim: frame.name for frame in frames if frame.name != _checks.PARTICLES}
 

@@ -21,20 +21,11 @@ import jax.numpy as jnp
 from jax import lax, random
 from numpyro.infer import ELBO
 
-from numpyro_vae_ext import _trace
+from numpyro_vae_ext import _record, _trace
 from numpyro_vae_ext._checks import one_of, positive_int
+from numpyro_vae_ext._path import with_derivative_of
 
 GRADIENTS = ("reparam", "stl", "dreg", "vimco")
-
-
-@jax.custom_jvp
-def _with_derivative_of(value: jax.Array, surrogate: jax.Array) -> jax.Array:
-    return value
-
-
-@_with_derivative_of.defjvp
-def _with_derivative_of_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    return primals[0], tangents[1]
 
 
 class LogWeightELBO(ELBO, ABC):
@@ -170,12 +161,12 @@ class LogWeightELBO(ELBO, ABC):
             surrogate = self._doubly_reparameterised(
                 keys, weights, plate_key, params, pair, particles.plates
             )
-            loss = _with_derivative_of(loss, -jnp.sum(scale * surrogate))
+            loss = with_derivative_of(loss, -jnp.sum(scale * surrogate))
         if particles.score is not None:
             signal = lax.stop_gradient(self.bound(log_weights) - left_out(log_weights))
             surrogate = jnp.sum(signal * particles.score, axis=0)
-            loss = _with_derivative_of(loss, loss - jnp.sum(scale * surrogate))
-        return loss, jax.tree.map(_merged, particles.state)
+            loss = with_derivative_of(loss, loss - jnp.sum(scale * surrogate))
+        return loss, _record.merged_state(particles.state)
 
     def _doubly_reparameterised(
         self,
@@ -245,7 +236,3 @@ def left_out(log_weights: jax.Array) -> jax.Array:
     mean = others(lax.cumsum, jnp.add, 0.0) / (count - 1)
     rest = others(lax.cumlogsumexp, jnp.logaddexp, -jnp.inf)
     return jnp.logaddexp(rest, mean) - jnp.log(count)
-
-
-def _merged(x: jax.Array) -> jax.Array:
-    return jnp.mean(x, axis=0) if jnp.issubdtype(x.dtype, jnp.floating) else x[0]

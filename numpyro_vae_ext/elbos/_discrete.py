@@ -34,6 +34,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_vae_ext import _record, _relaxation, _trace
 from numpyro_vae_ext._checks import positive_int
+from numpyro_vae_ext._path import with_derivative_of
 
 Declare = Callable[[Any, dict[str, Any]], dict[str, Any]]
 Check = Callable[[str, Any], None]
@@ -176,16 +177,6 @@ def _nonzero(scale: Any) -> Any:
     return 1.0 if scale is None else jnp.where(jnp.asarray(scale) == 0, 1.0, scale)
 
 
-@jax.custom_jvp
-def _with_derivative_of(value: jax.Array, surrogate: jax.Array) -> jax.Array:
-    return value
-
-
-@_with_derivative_of.defjvp
-def _with_derivative_of_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    return primals[0], tangents[1]
-
-
 class Tunable(Messenger):
     """A guide whose scored sites carry what ``declare`` returns for them."""
 
@@ -291,7 +282,7 @@ class DiscreteELBO(ELBO, ABC):
         loss = -jnp.mean(particles["surrogate"])
         if "objective" in particles:
             loss = loss + jnp.mean(particles["objective"])
-        return loss, jax.tree.map(_merged, particles["state"])
+        return loss, _record.merged_state(particles["state"])
 
     # --- shared -------------------------------------------------------------------------------
 
@@ -308,7 +299,7 @@ class DiscreteELBO(ELBO, ABC):
         loss, state = self._combined(particles)
         value = -jnp.mean(particles["value"])
         # The objective's own parameters may be of a wider type than the model's.
-        return _with_derivative_of(value, loss.astype(value.dtype)), state
+        return with_derivative_of(value, loss.astype(value.dtype)), state
 
     def _checked(self, found: Play) -> Play:
         if not found.sites:
@@ -361,7 +352,3 @@ def setting(name: str, value: float | Mapping[str, float], site: str) -> float:
             "it to the mapping, or pass one number."
         )
     return value[site]
-
-
-def _merged(x: jax.Array) -> jax.Array:
-    return jnp.mean(x, axis=0) if jnp.issubdtype(x.dtype, jnp.floating) else x[0]
