@@ -19,16 +19,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax, random
-from numpyro.infer import ELBO
 
 from numpyro_vae_ext import _record, _trace
-from numpyro_vae_ext._checks import one_of, positive_int
+from numpyro_vae_ext._checks import one_of
 from numpyro_vae_ext._path import with_derivative_of
+from numpyro_vae_ext.elbos._host import HostELBO
 
 GRADIENTS = ("reparam", "stl", "dreg", "vimco")
 
 
-class LogWeightELBO(ELBO, ABC):
+class LogWeightELBO(HostELBO, ABC):
     """Base of the objectives that are a function of per-datum log-weights.
 
     Args:
@@ -47,15 +47,9 @@ class LogWeightELBO(ELBO, ABC):
         vectorize_particles: bool = True,
         chunk_size: int | None = None,
     ) -> None:
-        positive_int("num_particles", num_particles)
-        if not isinstance(vectorize_particles, bool):
-            raise TypeError(
-                "Expected vectorize_particles to be a bool; got "
-                f"{type(vectorize_particles).__name__}."
-            )
+        super().__init__(num_particles, vectorize_particles=vectorize_particles)
         if chunk_size is not None and (not hasattr(chunk_size, "__index__") or chunk_size < 1):
             raise ValueError(f"Expected chunk_size >= 1 or None; got {chunk_size}.")
-        super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.gradient = one_of("gradient", gradient, GRADIENTS)
         self.chunk_size = chunk_size
         if gradient == "vimco" and num_particles < 2:
@@ -97,36 +91,6 @@ class LogWeightELBO(ELBO, ABC):
         return self._map(
             lambda key: _trace.run(key, plate_key, param_map, pair, gradient=gradient), keys
         ).value
-
-    def loss(
-        self,
-        rng_key: jax.Array,
-        param_map: dict[str, Any],
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> jax.Array:
-        """The negative bound, summed over the data and scaled to the full data."""
-        pair = _trace.Pair(model, guide, args, kwargs)
-        return self._loss_and_state(rng_key, param_map, pair)[0]
-
-    def loss_with_mutable_state(
-        self,
-        rng_key: jax.Array,
-        param_map: dict[str, Any],
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """The loss, and the mutable state after it.
-
-        Floating-point state is averaged over the particles; other state is the first particle's.
-        """
-        pair = _trace.Pair(model, guide, args, kwargs)
-        loss, state = self._loss_and_state(rng_key, param_map, pair)
-        return {"loss": loss, "mutable_state": state or None}
 
     def _loss_and_state(
         self, rng_key: jax.Array, params: dict[str, Any], pair: _trace.Pair

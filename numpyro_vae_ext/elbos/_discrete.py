@@ -29,12 +29,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax, random
 from numpyro.contrib.module import nnx_module
-from numpyro.infer import ELBO
 from numpyro.primitives import Messenger
 
 from numpyro_vae_ext import _record, _relaxation, _trace
-from numpyro_vae_ext._checks import positive_int
 from numpyro_vae_ext._path import with_derivative_of
+from numpyro_vae_ext.elbos._host import HostELBO
 
 Declare = Callable[[Any, dict[str, Any]], dict[str, Any]]
 Check = Callable[[str, Any], None]
@@ -191,7 +190,7 @@ class Tunable(Messenger):
             msg["infer"] = {**msg["infer"], "tuning": self.declare(msg, self.modules)}
 
 
-class DiscreteELBO(ELBO, ABC):
+class DiscreteELBO(HostELBO, ABC):
     """Base of the objectives for discrete latent sites.
 
     Args:
@@ -200,15 +199,6 @@ class DiscreteELBO(ELBO, ABC):
     """
 
     can_infer_discrete = True
-
-    def __init__(self, num_particles: int = 1, *, vectorize_particles: bool = True) -> None:
-        positive_int("num_particles", num_particles)
-        if not isinstance(vectorize_particles, bool):
-            raise TypeError(
-                "Expected vectorize_particles to be a bool; got "
-                f"{type(vectorize_particles).__name__}."
-            )
-        super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
 
     def tunable(self, guide: Callable[..., Any]) -> Callable[..., Any]:
         """The guide, with the objective's own parameters declared at its discrete sites.
@@ -220,36 +210,6 @@ class DiscreteELBO(ELBO, ABC):
             guide: Program of NumPyro primitives.
         """
         return Tunable(guide, self._declare) if self._is_tuned else guide
-
-    def loss(
-        self,
-        rng_key: jax.Array,
-        param_map: dict[str, Any],
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> jax.Array:
-        """The negative evidence lower bound, summed over the data and scaled to the full data."""
-        pair = _trace.Pair(model, guide, args, kwargs)
-        return self._loss_and_state(rng_key, param_map, pair)[0]
-
-    def loss_with_mutable_state(
-        self,
-        rng_key: jax.Array,
-        param_map: dict[str, Any],
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """The loss, and the mutable state after it.
-
-        Floating-point state is averaged over the particles; other state is the first particle's.
-        """
-        pair = _trace.Pair(model, guide, args, kwargs)
-        loss, state = self._loss_and_state(rng_key, param_map, pair)
-        return {"loss": loss, "mutable_state": state or None}
 
     # --- what a member says -------------------------------------------------------------------
 

@@ -22,19 +22,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro.infer import ELBO
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyro_vae_ext import _trace
-from pyro_vae_ext._checks import one_of, positive_int
+from pyro_vae_ext._checks import one_of
 from pyro_vae_ext._path import Path
 from pyro_vae_ext._record import PlateCollision
+from pyro_vae_ext.elbos._host import HostELBO
 
 GRADIENTS = ("reparam", "stl", "dreg", "vimco")
 
 
-class LogWeightELBO(ELBO, ABC):
+class LogWeightELBO(HostELBO, ABC):
     """Base of objectives that are functions of log-weights; a member defines :meth:`bound`."""
 
     def __init__(
@@ -46,12 +46,11 @@ class LogWeightELBO(ELBO, ABC):
         chunk_size: int | None = None,
         max_plate_nesting: float = float("inf"),
     ) -> None:
-        positive_int("num_particles", num_particles)
-        if not isinstance(vectorize_particles, bool):
-            raise TypeError(
-                "Expected vectorize_particles to be a bool; got "
-                f"{type(vectorize_particles).__name__}."
-            )
+        super().__init__(
+            num_particles,
+            vectorize_particles=vectorize_particles,
+            max_plate_nesting=max_plate_nesting,
+        )
         if chunk_size is not None:
             if not isinstance(chunk_size, int) or chunk_size < 1:
                 raise ValueError(f"Expected chunk_size >= 1 or None; got {chunk_size}.")
@@ -62,11 +61,6 @@ class LogWeightELBO(ELBO, ABC):
                 "TraceNVIL_ELBO or TraceREBAR_ELBO."
             )
         self.chunk_size = chunk_size
-        super().__init__(
-            num_particles=num_particles,
-            vectorize_particles=vectorize_particles,
-            max_plate_nesting=max_plate_nesting,
-        )
 
     @abstractmethod
     def bound(self, log_weights: Tensor) -> Tensor:
@@ -122,32 +116,6 @@ class LogWeightELBO(ELBO, ABC):
             # Zero, with the gradient of the scores.
             bound = bound + (signal * (score - score.detach())).sum(0)
         return -(bound if isinstance(scale, float) and scale == 1.0 else scale * bound).sum()
-
-    def loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> float:
-        """The negative bound as a number, without a gradient."""
-        with torch.no_grad():
-            return self.differentiable_loss(model, guide, *args, **kwargs).item()
-
-    def loss_and_grads(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """The negative bound as a scalar tensor; adds its gradient to every parameter."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
-        return loss.detach()
-
-    def _get_trace(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: tuple,
-        kwargs: dict,
-    ) -> tuple[Any, Any]:
-        """Traces of one run, for the parts of Pyro's base class that ask for them."""
-        return _trace.host_traces(model, guide, args, kwargs)
 
     def _weights(
         self,

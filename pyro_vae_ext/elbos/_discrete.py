@@ -22,12 +22,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vae_ext import _checks, _record, _relaxation, _trace
+from pyro_vae_ext import _checks, _record, _relaxation
 from pyro_vae_ext._record import Program, Sites, Term, Tunable, add, pad
 from pyro_vae_ext._relaxation import Site
+from pyro_vae_ext.elbos._host import HostELBO
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Run:
         return torch.stack([pad(tensor, self.nesting + event_dim) for tensor in tensors])
 
 
-class DiscreteELBO(ELBO, ABC):
+class DiscreteELBO(HostELBO, ABC):
     """Base of objectives for discrete latent sites; a member defines :meth:`_surrogate`."""
 
     # Slices that each scored site asks for, and what an error says besides passing the guide.
@@ -96,14 +96,8 @@ class DiscreteELBO(ELBO, ABC):
         vectorize_particles: bool = True,
         max_plate_nesting: float = float("inf"),
     ) -> None:
-        _checks.positive_int("num_particles", num_particles)
-        if not isinstance(vectorize_particles, bool):
-            raise TypeError(
-                "Expected vectorize_particles to be a bool; got "
-                f"{type(vectorize_particles).__name__}."
-            )
         super().__init__(
-            num_particles=num_particles,
+            num_particles,
             vectorize_particles=vectorize_particles,
             max_plate_nesting=max_plate_nesting,
         )
@@ -145,18 +139,6 @@ class DiscreteELBO(ELBO, ABC):
         if run.sites:
             surrogate = surrogate + self._surrogate(run, scored + others)
         return loss + (surrogate - surrogate.detach())
-
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """The negative ELBO as a number, without a gradient."""
-        with torch.no_grad():
-            return self.differentiable_loss(model, guide, *args, **kwargs).item()
-
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """The negative ELBO as a scalar tensor; adds its gradient to every parameter."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
-        return loss.detach()
 
     @abstractmethod
     def _surrogate(self, run: Run, totals: Tensor) -> Tensor:
@@ -205,10 +187,6 @@ class DiscreteELBO(ELBO, ABC):
                 f"'{name}' without its tuning parameters. Pass that guide to SVI{self.remedy}."
             )
         return tuning
-
-    def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:
-        """Traces of one run, for the parts of Pyro's base class that ask for them."""
-        return _trace.host_traces(model, guide, args, kwargs)
 
     def _run(self, model: Program, guide: Program, args: tuple, kwargs: dict, copies: int) -> Run:
         if not self.vectorize_particles or (copies == 0 and self.num_particles == 1):
