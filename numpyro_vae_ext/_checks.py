@@ -52,6 +52,57 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
+def check_context(
+    context: Any,
+    width: int | None,
+    where: str,
+    name: str = "a context",
+    owner: str = "family",
+) -> jax.Array | None:
+    """Return a module's context as an array; raise unless it has the width, or is absent.
+
+    ``name`` is the argument with its article, if it has one: ``"a context"``, ``"covariates"``;
+    ``owner`` is what the module is called.
+    """
+    article, noun = ("a ", name[2:]) if name.startswith("a ") else ("", name)
+    option = "context_dim" if noun == "context" else "covariate_dim"
+    if width is None:
+        if context is not None:
+            shape = jnp.shape(context)
+            raise ValueError(
+                f"Expected no {noun}{where}; got shape {shape}. Build the {owner} with "
+                f"{option}={shape[-1] if shape else 1} to use {'one' if article else 'them'}."
+            )
+        return None
+    expected = f"Expected {name} of width {width}{where}; got "
+    if context is None:
+        given = "the encoder's output" if article else "them"
+        raise ValueError(f"{expected}None. Pass {given}, or build the {owner} with {option}=None.")
+    context = jnp.asarray(context)
+    if context.ndim == 0 or context.shape[-1] != width:
+        raise ValueError(f"{expected}shape {context.shape}.")
+    if not jnp.issubdtype(context.dtype, jnp.floating):
+        raise TypeError(
+            f"Expected {article}floating-point {noun}{where}; got "
+            f"{context.dtype}. Cast the data to float{' before the encoder' if article else ''}."
+        )
+    # A traced value cannot be looked at without a data-dependent branch in the step.
+    if not is_traced(context) and np.isnan(context).any():
+        raise ValueError(
+            f"Expected {name} without NaN{where}; got NaN. Check the data"
+            f"{' and the encoder' if article else ''}."
+        )
+    return context
+
+
+def check_weight(value: Any) -> None:
+    """Weights are not negative, where the numbers are known."""
+    if is_traced(value):
+        return
+    if not np.all((np.asarray(value) >= 0) & (np.asarray(value) < math.inf)):
+        raise ValueError(f"Expected weight >= 0; got {value}.")
+
+
 # --- what a site is ---------------------------------------------------------------------------
 
 
@@ -239,6 +290,53 @@ def check_discrete(asked: Sites, given: Sites) -> None:
                 f"in the guide and {shown[1]} in the model. Use the same family of distributions "
                 "in both."
             )
+
+
+def check_unweighted(sites: Iterable[Any]) -> None:
+    """No site of an importance weight may have a KL weight, not even one."""
+    for site in sites:
+        if "kl_weight" in site:
+            raise ValueError(
+                "Expected sites without a KL weight in an importance-weighted bound; got "
+                f"handlers.kl_weight at site '{site['name']}'. A weight inside the logarithm is no "
+                "weight on a KL divergence; use num_particles=1 or the host's Trace_ELBO, and the "
+                "plain pair for evaluation."
+            )
+
+
+def check_same_weight(asked: Sites, given: Sites) -> None:
+    """Model and guide must have one KL weight at every latent site, factors of a guide included."""
+    weighted = False
+    for name, site in given.items():
+        ours = site.get("kl_weight")
+        weighted = weighted or ours is not None
+        if site["is_observed"] or name not in asked:
+            continue
+        theirs = asked[name].get("kl_weight")
+        got = None
+        if (ours is None) != (theirs is None):
+            alone = "model" if ours is None else "guide"
+            got = f"site '{name}' weighted in the {alone} alone"
+        elif ours is not theirs and _differ(ours, theirs):
+            got = f"{_shown(theirs)} in the model and {_shown(ours)} in the guide at '{name}'"
+        if got is not None:
+            raise ValueError(
+                f"Expected the same KL weight on model and guide; got {got}. Wrap both in "
+                "handlers.kl_weight."
+            )
+    for name, site in given.items():
+        own = not site["is_observed"] or isinstance(unwrapped(site["fn"]), Unit)
+        if weighted and own and "kl_weight" not in site:
+            raise ValueError(
+                "Expected the same KL weight on model and guide; got the guide's own site "
+                f"'{name}' without it. Wrap the whole guide, and make a factor of a Unit that "
+                "has_rsample."
+            )
+
+
+def _differ(a: Any, b: Any) -> bool:
+    # Whether two traced numbers agree is unknown until the step runs.
+    return not (is_traced(a) or is_traced(b)) and not _same(a, b)
 
 
 def check_density(asked: Sites, given: Sites) -> None:

@@ -43,6 +43,57 @@ def one_of(name: str, value: object, options: Sequence[str]) -> str:
     return value
 
 
+def check_context(
+    context: Tensor | None,
+    width: int | None,
+    where: str,
+    name: str = "a context",
+    owner: str = "family",
+) -> None:
+    """A module's context must have its width, or be absent where the module has none.
+
+    ``name`` is the argument with its article, if it has one: ``"a context"``, ``"covariates"``;
+    ``owner`` is what the module is called.
+    """
+    article, noun = ("a ", name[2:]) if name.startswith("a ") else ("", name)
+    option = "context_dim" if noun == "context" else "covariate_dim"
+    if width is None:
+        if context is not None:
+            raise ValueError(
+                f"Expected no {noun}{where}; got shape {tuple(context.shape)}. Build the {owner} "
+                f"with {option}={context.shape[-1]} to use {'one' if article else 'them'}."
+            )
+        return
+    expected = f"Expected {name} of width {width}{where}; got "
+    if context is None:
+        given = "the encoder's output" if article else "them"
+        raise ValueError(f"{expected}None. Pass {given}, or build the {owner} with {option}=None.")
+    if context.shape[-1:] != (width,):
+        raise ValueError(f"{expected}shape {tuple(context.shape)}.")
+    if not context.is_floating_point():
+        raise TypeError(
+            f"Expected {article}floating-point {noun}{where}; got "
+            f"{str(context.dtype).removeprefix('torch.')}. Cast the data to float"
+            f"{' before the encoder' if article else ''}."
+        )
+    # A look at the values would break the one graph of a traced step: validation only.
+    if is_validation_enabled() and bool(torch.isnan(context).any()):
+        raise ValueError(
+            f"Expected {name} without NaN{where}; got NaN. Check the data"
+            f"{' and the encoder' if article else ''}."
+        )
+
+
+def check_weight(value: Any) -> None:
+    """Raise for a number that is no weight; tensors are looked into under validation alone."""
+    if isinstance(value, Tensor):
+        wrong = is_validation_enabled() and not bool(((value >= 0) & (value < math.inf)).all())
+    else:
+        wrong = not 0 <= value < math.inf
+    if wrong:
+        raise ValueError(f"Expected weight >= 0; got {value}.")
+
+
 def rows(scale: Tensor, plates: list[tuple[str, int]]) -> Tensor:
     """A scale given as a tensor, shaped to multiply a bound of shape ``(*common_plates)``."""
     dims = [dim for _, dim in plates]
@@ -231,6 +282,55 @@ def check_reparameterised(guide_sites: Mapping[str, Any], gradient: str) -> None
                 "reparameterised sampler. Marginalise it with the host's TraceEnum_ELBO, or use "
                 "an objective for discrete latents."
             )
+
+
+def check_unweighted(sites: Iterable[tuple[str, Any]]) -> None:
+    """No site of an importance weight may have a KL weight, not even one."""
+    for name, site in sites:
+        if "kl_weight" in site["infer"]:
+            raise ValueError(
+                "Expected sites without a KL weight in an importance-weighted bound; got "
+                f"handlers.kl_weight at site '{name}'. A weight inside the logarithm is no weight "
+                "on a KL divergence; use num_particles=1 or the host's Trace_ELBO, and the plain "
+                "pair for evaluation."
+            )
+
+
+def check_same_weight(model_sites: Mapping[str, Any], guide_sites: Mapping[str, Any]) -> None:
+    """Model and guide must have one KL weight at every latent site, factors of a guide included."""
+    weighted = False
+    for name, site in guide_sites.items():
+        ours = site["infer"].get("kl_weight")
+        weighted = weighted or ours is not None
+        if site["is_observed"] or name not in model_sites:
+            continue
+        theirs = model_sites[name]["infer"].get("kl_weight")
+        got = None
+        if (ours is None) != (theirs is None):
+            alone = "model" if ours is None else "guide"
+            got = f"site '{name}' weighted in the {alone} alone"
+        elif ours is not theirs and _differ(ours, theirs):
+            got = f"{_number(theirs)} in the model and {_number(ours)} in the guide at '{name}'"
+        if got is not None:
+            raise ValueError(
+                f"Expected the same KL weight on model and guide; got {got}. Wrap both in "
+                "handlers.kl_weight."
+            )
+    for name, site in guide_sites.items():
+        own = not site["is_observed"] or distribution_name(site["fn"]) == "Unit"
+        if weighted and own and "kl_weight" not in site["infer"]:
+            raise ValueError(
+                "Expected the same KL weight on model and guide; got the guide's own site "
+                f"'{name}' without it. Wrap the whole guide, and say of a factor whether it "
+                "has_rsample."
+            )
+
+
+def _differ(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+        return is_validation_enabled() and not torch.allclose(a, b)
+    return not math.isclose(a, b, rel_tol=1e-9)
 
 
 def check_density(model_sites: Mapping[str, Any], guide_sites: Mapping[str, Any]) -> None:

@@ -19,12 +19,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from flax import nnx
 
-from numpyro_vae_ext._checks import is_traced, positive_int
+from numpyro_vae_ext._checks import check_context, positive_int
 
 
 def param_dtype_or_default(param_dtype: Any) -> Any:
@@ -54,21 +53,41 @@ class GuideFamily(nnx.Module):
     ) -> jax.Array:
         """The log-density of :meth:`log_prob`, the arguments checked."""
 
-    def __call__(self, name: str, context: Any = None, *, infer: Any = None) -> jax.Array:
+    def __call__(
+        self,
+        name: str,
+        context: Any = None,
+        *,
+        infer: Any = None,
+        value: Any = None,
+        num_samples: int = 100,
+        rng_key: jax.Array | None = None,
+    ) -> jax.Array:
         """Sample the site ``name``; a statement for the body of a guide.
+
+        With a ``value`` it is no statement: nothing is sampled, and :meth:`log_prob` of the value
+        is returned: so a model uses the density, as :class:`~numpyro_vae_ext.priors.VampPrior`
+        does. What ``nnx_module`` returns can be called and has no methods.
 
         Args:
             name: Name of the latent site.
             context: ``(*batch, context_dim)``, or None for a family without a context.
             infer: Instructions of the site, as the host's ``sample`` takes them.
+            value: If given, ``(*batch, latent_dim)``, what to score instead of sampling.
+            num_samples: Samples behind the score of a family whose density is an integral.
+            rng_key: Key of these samples; by default that of the surrounding ``seed`` handler.
 
         Returns:
-            The value, of shape ``(*batch, latent_dim)``, ``batch`` widened by the plates.
+            The value, of shape ``(*batch, latent_dim)``, ``batch`` widened by the plates; the
+            log-density ``(*batch,)`` of a given value.
 
         Raises:
-            ValueError: If the context is missing, unexpected, of another width, or NaN.
+            ValueError: If the context is missing, unexpected, of another width, or NaN; with a
+                value, what :meth:`log_prob` raises.
             TypeError: If the context is not of a floating-point type.
         """
+        if value is not None:
+            return self.log_prob(value, context, num_samples=num_samples, rng_key=rng_key)
         return self._sample(name, self._checked(context, f" at site '{name}'"), infer)
 
     def log_prob(
@@ -106,36 +125,7 @@ class GuideFamily(nnx.Module):
         return self._log_prob(jnp.asarray(value), context, num_samples, rng_key)
 
     def _checked(self, context: Any, where: str) -> jax.Array | None:
-        if self.context_dim is None:
-            if context is not None:
-                shape = jnp.shape(context)
-                width = shape[-1] if shape else 1
-                raise ValueError(
-                    f"Expected no context{where}; got shape {shape}. Build the family with "
-                    f"context_dim={width} to use one."
-                )
-            return None
-        if context is None:
-            raise ValueError(
-                f"Expected a context of width {self.context_dim}{where}; got None. Pass the "
-                "encoder's output, or build the family with context_dim=None."
-            )
-        context = jnp.asarray(context)
-        if context.ndim == 0 or context.shape[-1] != self.context_dim:
-            raise ValueError(
-                f"Expected a context of width {self.context_dim}{where}; got shape {context.shape}."
-            )
-        if not jnp.issubdtype(context.dtype, jnp.floating):
-            raise TypeError(
-                f"Expected a floating-point context{where}; got {context.dtype}. Cast the data to "
-                "float before the encoder."
-            )
-        # A traced value cannot be looked at without a data-dependent branch in the step.
-        if not is_traced(context) and np.isnan(context).any():
-            raise ValueError(
-                f"Expected a context without NaN{where}; got NaN. Check the data and the encoder."
-            )
-        return context
+        return check_context(context, self.context_dim, where)
 
 
 class DirectFamily(GuideFamily):

@@ -25,7 +25,7 @@ class Transform(ABC):
 
     @abstractmethod
     def forward(self, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The value that the noise is sent to, and its log-density."""
+        """The value that the noise is sent to, and terms of its log-density by dimension."""
 
     @abstractmethod
     def inverse(self, value: jax.Array) -> jax.Array:
@@ -37,13 +37,13 @@ class Transform(ABC):
 
 
 class FlowDraw(NamedTuple):
-    """The noise behind a sampled value, and the value's log-density where it is kept."""
+    """The noise behind a sampled value, and the terms of its log-density where they are kept."""
 
     noise: jax.Array
-    log_prob: jax.Array | None
+    terms: jax.Array | None
 
     def path(self) -> FlowDraw:
-        """The draw without the kept log-density: it is then scored at the fixed value."""
+        """The draw without its log-density, which is then scored at the fixed value."""
         return FlowDraw(self.noise, None)
 
 
@@ -84,26 +84,30 @@ class FlowDistribution(dist.Distribution):
     ) -> tuple[jax.Array, FlowDraw]:
         """Samples, and what they carry."""
         noise = jax.random.normal(key, self.shape(sample_shape), self.transform.dtype)
-        value, log_prob = self.transform.forward(noise)
-        return value, FlowDraw(noise, log_prob)
+        value, terms = self.transform.forward(noise)
+        return value, FlowDraw(noise, terms)
 
     def log_prob(self, value: jax.Array, intermediates: FlowDraw | None = None) -> jax.Array:
         """Log-density of shape ``(*batch,)``."""
+        return self.log_prob_terms(value, intermediates).sum(-1)
+
+    def log_prob_terms(self, value: jax.Array, intermediates: FlowDraw | None = None) -> jax.Array:
+        """Numbers ``(*batch, latent_dim)`` that sum to the log-density, one a dimension."""
         if not intermediates:
             batch = jnp.broadcast_shapes(jnp.shape(value)[:-1], self.batch_shape)
             value = jnp.broadcast_to(value, (*batch, *self.event_shape))
-            # The solver takes no derivative; `implicit_log_prob` supplies it.
+            # The solver takes no derivative; `implicit_terms` supplies it.
             transform, target = lax.stop_gradient((self.transform, value))
-            return self.implicit_log_prob(value, transform.inverse(target))
-        if intermediates.log_prob is None:
-            return self.implicit_log_prob(value, intermediates.noise)
-        return intermediates.log_prob
+            return self.implicit_terms(value, transform.inverse(target))
+        if intermediates.terms is None:
+            return self.implicit_terms(value, intermediates.noise)
+        return intermediates.terms
 
-    def implicit_log_prob(self, value: jax.Array, noise: jax.Array) -> jax.Array:
-        r"""Log-density at ``value`` from the noise that is sent there, with exact derivatives.
+    def implicit_terms(self, value: jax.Array, noise: jax.Array) -> jax.Array:
+        r"""Terms of the log-density from the noise sent to ``value``, with exact derivatives.
 
         With the noise held fixed, :math:`l = \log q(f(\epsilon))` along the forward pass and
-        :math:`u = \partial \log q / \partial z` held fixed too, the number returned is
+        :math:`u = \partial \log q / \partial z` held fixed too, the terms sum to
         :math:`l + u^\top (z - f(\epsilon))`. Its value is :math:`l`, its derivative in
         :math:`z` is :math:`u`, and its derivative in a parameter is
         :math:`\partial l - u^\top \partial f`, which is that of :math:`\log q(z)` at fixed
@@ -113,9 +117,9 @@ class FlowDistribution(dist.Distribution):
             Vaitl, Nicoli, Nakajima and Kessel, 2022, arXiv:2206.09016, sec. 3.
         """
         noise = lax.stop_gradient(noise)
-        reached, log_prob = self.transform.forward(noise)
+        reached, terms = self.transform.forward(noise)
         slope = lax.stop_gradient(lax.stop_gradient(self.transform).score(noise))
-        return log_prob + ((value - reached) * slope).sum(-1)
+        return terms + (value - reached) * slope
 
 
 class MaskedFlow(dist.MaskedDistribution):

@@ -136,11 +136,11 @@ class _Steps(Transform):
 
     def forward(self, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         z = self.loc + jnp.exp(self.log_scale) * noise
-        log_prob = -0.5 * noise**2 - 0.5 * math.log(2.0 * math.pi) - self.log_scale
+        terms = -0.5 * noise**2 - 0.5 * math.log(2.0 * math.pi) - self.log_scale
         for net in self.family.nets:
             z, log_slope = self._step(z, net(z, self.context))
-            log_prob = log_prob - log_slope
-        return z, log_prob.sum(-1)
+            terms = terms - log_slope
+        return z, terms
 
     def inverse(self, value: jax.Array) -> jax.Array:
         for net in reversed(self.family.nets):

@@ -17,12 +17,10 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import pyro
-import torch
 from pyro.distributions import TorchDistribution
-from pyro.poutine.util import is_validation_enabled
 from torch import Tensor, nn
 
-from pyro_vae_ext._checks import positive_int
+from pyro_vae_ext._checks import check_context, positive_int
 
 
 class GuideFamily(nn.Module, ABC):
@@ -41,22 +39,39 @@ class GuideFamily(nn.Module, ABC):
     def _log_prob(self, value: Tensor, context: Tensor | None, num_samples: int) -> Tensor:
         """The log-density of :meth:`log_prob`, the arguments checked."""
 
-    def forward(self, name: str, context: Tensor | None = None, *, infer: Any = None) -> Tensor:
+    def forward(
+        self,
+        name: str,
+        context: Tensor | None = None,
+        *,
+        infer: Any = None,
+        value: Tensor | None = None,
+        num_samples: int = 100,
+    ) -> Tensor:
         """Sample the site ``name``; a statement for the body of a guide.
+
+        With a ``value`` it is no statement: nothing is sampled, and :meth:`log_prob` of the value
+        is returned: so a model uses the density, as :class:`~pyro_vae_ext.priors.VampPrior` does.
 
         Args:
             name: Name of the latent site.
             context: ``(*batch, context_dim)``, or None for a family without a context.
             infer: Instructions of the site, as the host's ``sample`` takes them.
+            value: If given, ``(*batch, latent_dim)``, what to score instead of sampling.
+            num_samples: Samples behind the score of a family whose density is an integral.
 
         Returns:
-            The value, of shape ``(*batch, latent_dim)``, ``batch`` widened by the plates.
+            The value, of shape ``(*batch, latent_dim)``, ``batch`` widened by the plates; the
+            log-density ``(*batch,)`` of a given value.
 
         Raises:
-            ValueError: If the context is missing, unexpected, of another width, or NaN.
+            ValueError: If the context is missing, unexpected, of another width, or NaN; with a
+                value, what :meth:`log_prob` raises.
             TypeError: If the context is not of a floating-point type.
         """
-        self._check_context(context, f" at site '{name}'")
+        if value is not None:
+            return self.log_prob(value, context, num_samples=num_samples)
+        check_context(context, self.context_dim, f" at site '{name}'")
         return self._sample(name, context, infer)
 
     def log_prob(
@@ -77,41 +92,13 @@ class GuideFamily(nn.Module, ABC):
             ValueError: If the value or the context has another width, or a number is below 1.
             TypeError: If the context is not of a floating-point type.
         """
-        self._check_context(context, " at log_prob")
+        check_context(context, self.context_dim, " at log_prob")
         if value.shape[-1:] != (self.latent_dim,):
             raise ValueError(
                 f"Expected values of width {self.latent_dim} at log_prob; "
                 f"got shape {tuple(value.shape)}."
             )
         return self._log_prob(value, context, positive_int("num_samples", num_samples))
-
-    def _check_context(self, context: Tensor | None, where: str) -> None:
-        if self.context_dim is None:
-            if context is not None:
-                raise ValueError(
-                    f"Expected no context{where}; got shape {tuple(context.shape)}. Build the "
-                    f"family with context_dim={context.shape[-1]} to use one."
-                )
-            return
-        expected = f"Expected a context of width {self.context_dim}{where}; got "
-        if context is None:
-            raise ValueError(
-                f"{expected}None. Pass the encoder's output, or build the family with "
-                "context_dim=None."
-            )
-        if context.shape[-1:] != (self.context_dim,):
-            raise ValueError(f"{expected}shape {tuple(context.shape)}.")
-        if not context.is_floating_point():
-            raise TypeError(
-                f"Expected a floating-point context{where}; got "
-                f"{str(context.dtype).removeprefix('torch.')}. Cast the data to float before the "
-                "encoder."
-            )
-        # A look at the values would break the one graph of a traced step: validation only.
-        if is_validation_enabled() and bool(torch.isnan(context).any()):
-            raise ValueError(
-                f"Expected a context without NaN{where}; got NaN. Check the data and the encoder."
-            )
 
 
 class DirectFamily(GuideFamily, ABC):

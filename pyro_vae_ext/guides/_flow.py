@@ -28,7 +28,7 @@ class Transform(ABC):
 
     @abstractmethod
     def forward(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Value ``(*batch, D)`` and its log-density ``(*batch,)`` for noise ``(*batch, D)``."""
+        """Value of noise ``(*batch, D)``, and terms of its log-density, both ``(*batch, D)``."""
 
     @abstractmethod
     def inverse(self, value: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ class FlowDistribution(TorchDistribution):
         like = self.transform.like()
         shape = self._extended_shape(sample_shape)
         noise = torch.randn(shape, dtype=like.dtype, device=like.device)
-        value, log_density = self.transform.forward(noise)
-        self._sample = (value, noise, log_density)
+        value, terms = self.transform.forward(noise)
+        self._sample = (value, noise, terms)
         return value
 
     def carry(self, alias: Tensor) -> None:
@@ -75,27 +75,33 @@ class FlowDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density ``(*batch,)``: the carried one for the last sample, else by inversion."""
+        return self.log_prob_terms(value).sum(-1)
+
+    def log_prob_terms(self, value: Tensor) -> Tensor:
+        """Numbers ``(*batch, D)`` that sum to the log-density, one for each dimension."""
         if self._sample is not None:
             if self._sample[0] is value:
                 return self._sample[2]
             if self._alias is value:
-                return self.implicit_log_prob(value, self._sample[1])
-        return self.implicit_log_prob(value, self.transform.inverse(value.detach()))
+                return self.implicit_terms(value, self._sample[1])
+        return self.implicit_terms(value, self.transform.inverse(value.detach()))
 
     def carried_score(self) -> tuple[Tensor, Tensor] | None:
         """Log-density of the last sample and its derivative in the value; constants."""
         if self._sample is None:
             return None
-        _, noise, log_density = self._sample
-        return log_density.detach(), self.transform.score(noise)
+        _, noise, terms = self._sample
+        return terms.detach().sum(-1), self.transform.score(noise)
 
-    def implicit_log_prob(self, value: Tensor, noise: Tensor) -> Tensor:
-        """Log-density at ``value``, whose noise is known, with exact partial derivatives.
+    def implicit_terms(self, value: Tensor, noise: Tensor) -> Tensor:
+        """Terms of the log-density at ``value``, whose noise is known.
+
+        Their sum has exact partial derivatives.
 
         Args:
             value: ``(*batch, D)``.
             noise: ``(*batch, D)``, a constant.
         """
         score = self.transform.score(noise)
-        image, log_density = self.transform.forward(noise)
-        return log_density + (score * (value - image)).sum(-1)
+        image, terms = self.transform.forward(noise)
+        return terms + score * (value - image)

@@ -124,11 +124,11 @@ class _Steps(Transform):
 
     def forward(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         z = self.loc + self.log_scale.exp() * noise
-        log_density = -0.5 * noise.square() - self.log_scale
+        terms = -0.5 * noise.square() - 0.5 * math.log(2.0 * math.pi) - self.log_scale
         for net in self.family.nets:
             z, log_diagonal = self._step(z, net(z, self.context))
-            log_density = log_density - log_diagonal
-        return z, log_density.sum(-1) - 0.5 * self.event_size * math.log(2.0 * math.pi)
+            terms = terms - log_diagonal
+        return z, terms
 
     @torch.no_grad()
     def inverse(self, value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_vae_ext._checks import one_of, positive_int, widths
+from pyro_vae_ext._checks import check_context, one_of, positive_int, widths
 from pyro_vae_ext.guides._base import GuideFamily
 from pyro_vae_ext.guides._gaussian_process import Kernel, Process, squared_exponential
 from pyro_vae_ext.guides._hierarchy import (
@@ -176,7 +176,7 @@ class VGP(GuideFamily):
                 definite.
             TypeError: If the context is not of a floating-point type.
         """
-        self._check_context(context, " at conditional")
+        check_context(context, self.context_dim, " at conditional")
         if inputs.dim() < 2 or inputs.shape[-1] != self.input_dim:
             raise ValueError(
                 f"Expected inputs of shape (*batch, n, {self.input_dim}) at conditional; got "
