@@ -127,6 +127,7 @@ def run(
     state = lax.stop_gradient({**mutable_state(drawn), **mutable_state(modelled)})
     log_p = log_probs(modelled, soft=scored)
     if joint:
+        _checks.check_same_weight(sample_sites(modelled), sample_sites(drawn))
         total = _scaled_sum(modelled, log_p) - _scaled_sum(drawn, log_q)
         return LogWeights(total, jnp.ones((), total.dtype), state, ())
     if scored:
@@ -150,9 +151,13 @@ def run(
 
 
 def play(
-    rng_key: jax.Array, plate_key: jax.Array, params: Params, pair: Pair, choose: Choose
+    rng_key: jax.Array,
+    plate_key: jax.Array,
+    params: Params,
+    pair: Pair,
+    choose: Choose | None = None,
 ) -> tuple[Sites, Sites, Params]:
-    """Run guide and model once, at chosen values of the guide's discrete sites.
+    """Run guide and model once, at chosen values of the guide's discrete sites if there are any.
 
     Returns:
         The sample sites of the guide and of the model, and the mutable state.
@@ -163,6 +168,7 @@ def play(
     drawn = record.guide(params, choose=choose)
     modelled = _modelled(record, params, drawn, latent_sites(drawn))
     _checks.check_discrete(latent_sites(modelled), latent_sites(drawn))
+    _checks.check_same_weight(sample_sites(modelled), sample_sites(drawn))
     state = lax.stop_gradient({**mutable_state(drawn), **mutable_state(modelled)})
     return sample_sites(drawn), sample_sites(modelled), state
 
@@ -187,6 +193,38 @@ def draw(
         log_weights=_weights(modelled, drawn, log_probs(modelled), log_probs(drawn), {}),
         plates=tuple(plates.items()),
     )
+
+
+def pair_sites(
+    rng_key: jax.Array, plate_key: jax.Array, params: Params, pair: Pair
+) -> tuple[Sites, Sites]:
+    """Sample sites of the model and of the guide, with no condition on plates and scales."""
+    record = Recorder(pair, rng_key, plate_key)
+    params = jax.tree.map(lambda x: x, params)
+    drawn = record.guide(params)
+    latents = latent_sites(drawn)
+    modelled = _modelled(record, params, drawn, latents)
+    _checks.check_density(latent_sites(modelled), latents)
+    return sample_sites(modelled), sample_sites(drawn)
+
+
+def sites_at(
+    rng_key: jax.Array,
+    plate_key: jax.Array,
+    params: Params,
+    pair: Pair,
+    values: dict[str, jax.Array],
+    *,
+    guide: bool,
+) -> Sites:
+    """Sample sites of one program at given values of some of them; the others are drawn."""
+    record = Recorder(pair, rng_key, plate_key)
+    given = {
+        name: {"type": "sample", "is_observed": False, "value": value, "infer": {}}
+        for name, value in values.items()
+    }
+    params = jax.tree.map(lambda x: x, params)
+    return sample_sites((record.guide if guide else record.model)(params, given))
 
 
 def compiled(fn: Callable[..., Any], pair: Pair) -> Callable[..., Any]:
@@ -249,6 +287,7 @@ def _weights(
     sites = (*asked.values(), *given.values())
     if not sites:
         raise ValueError("Expected a model with at least one sample site; got none.")
+    _checks.check_unweighted((*given.values(), *asked.values()))
     _checks.check_density(latent_sites(modelled), latent_sites(drawn))
     plates = _checks.common_plates(sites, full_sizes)
     scale = _checks.common_scale(sites, plates)

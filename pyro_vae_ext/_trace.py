@@ -17,7 +17,16 @@ from pyro.infer.enum import get_importance_trace
 from torch import Tensor
 
 from pyro_vae_ext import _checks, _path, _relaxation
-from pyro_vae_ext._record import Program, Record, Sites, is_scored, particle_frame, probe, run_pair
+from pyro_vae_ext._record import (
+    Program,
+    Record,
+    Sites,
+    is_scored,
+    log_prob,
+    particle_frame,
+    probe,
+    run_pair,
+)
 
 
 @dataclass
@@ -134,6 +143,10 @@ def run(
         model, guide, args, kwargs, particles, subsamples, path, _hard_draw if score else None
     )
     _checks.check_match(model_sites, guide_sites)
+    if joint:
+        _checks.check_same_weight(model_sites, guide_sites)
+    else:
+        _checks.check_unweighted([*guide_sites.items(), *model_sites.items()])
     if score:
         _checks.check_discrete(model_sites, guide_sites)
     elif gradient is not None:
@@ -221,6 +234,49 @@ def draw(
         predictive=fresh,
         log_weights=run_,
     )
+
+
+def pair_sites(
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: dict,
+    *,
+    num_particles: int,
+    particle_dim: int,
+    subsamples: dict[str, Tensor],
+) -> tuple[Sites, Sites]:
+    """Sites of the model and of the guide, with no condition on plates and scales."""
+    particles = particle_frame(num_particles, particle_dim)
+    model_sites, guide_sites, _ = run_pair(model, guide, args, kwargs, particles, subsamples)
+    _checks.check_match(model_sites, guide_sites)
+    _checks.check_data(model_sites)
+    _checks.check_density(model_sites, guide_sites)
+    return model_sites, guide_sites
+
+
+def sites_at(
+    program: Program,
+    args: tuple,
+    kwargs: dict,
+    values: dict[str, Tensor],
+    *,
+    particle_dim: int,
+    num_particles: int,
+    subsamples: dict[str, Tensor],
+) -> Sites:
+    """Sites of one program at given values of some of them; the others are drawn."""
+    particles = particle_frame(num_particles, particle_dim)
+    with Record({**subsamples, **values}, particles=particles) as record:
+        program(*args, **kwargs)
+    return record.sites
+
+
+def masked_log_prob(site: Any) -> Tensor:
+    """Log-density of a site, masked and not scaled."""
+    value = log_prob(site)
+    _checks.check_shape(site["name"], site, value.shape)
+    return value if site["mask"] is None else scale_and_mask(value, 1.0, site["mask"])
 
 
 def _variable(site: Any, particle_dim: int | None) -> Variable:

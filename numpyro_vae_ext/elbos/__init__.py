@@ -8,6 +8,7 @@ the guide with the objective's own ``tunable``::
 """
 
 from numpyro_vae_ext.elbos.disarm import TraceDisARM_ELBO
+from numpyro_vae_ext.elbos.free_bits import TraceFreeBits_ELBO
 from numpyro_vae_ext.elbos.importance_weighted import ImportanceWeightedELBO
 from numpyro_vae_ext.elbos.nvil import TraceNVIL_ELBO
 from numpyro_vae_ext.elbos.rebar import TraceREBAR_ELBO
@@ -16,6 +17,7 @@ from numpyro_vae_ext.elbos.relax import TraceRELAX_ELBO
 __all__ = [
     "ImportanceWeightedELBO",
     "TraceDisARM_ELBO",
+    "TraceFreeBits_ELBO",
     "TraceNVIL_ELBO",
     "TraceREBAR_ELBO",
     "TraceRELAX_ELBO",

@@ -46,7 +46,8 @@ class Scored(NamedTuple):
         site: The host's record of it.
         kind: ``"bernoulli"``, ``"one_hot"`` or None.
         position: Its place among the latent sites of the guide.
-        scale: Its scale, a number or of the batch's shape; 1 where there is none, or where it is 0.
+        scale: Its scale without a KL weight, a number or of the batch's shape; 1 where there is
+            none, or where it is 0.
     """
 
     site: Any
@@ -167,12 +168,13 @@ def play(
             terms.append(Term(sign * jnp.asarray(value), _plates(site), position, scored))
             if position is not None and scored:
                 kind = _relaxation.kind(site["fn"])
-                sites.append(Scored(site, kind, position, _nonzero(site["scale"])))
+                scale = site.get("unweighted_scale", site["scale"])
+                sites.append(Scored(site, kind, position, _nonzero(scale)))
     return Play(terms, sites, state)
 
 
 def _nonzero(scale: Any) -> Any:
-    # A weight that grows from 0 leaves a cost of 0, which no division may turn into NaN.
+    # A traced scale may be 0, which no division may turn into NaN.
     return 1.0 if scale is None else jnp.where(jnp.asarray(scale) == 0, 1.0, scale)
 
 

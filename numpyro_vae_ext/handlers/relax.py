@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,8 +12,7 @@ from numpyro.primitives import Messenger
 from numpyro_vae_ext._checks import is_discrete
 from numpyro_vae_ext._relaxation import check_relaxable, check_temperature, kind, logits
 from numpyro_vae_ext.distributions import RelaxedOneHotCategorical
-
-Program = Callable[..., Any]
+from numpyro_vae_ext.handlers._program import Program, wrapped
 
 
 def relax(fn: Program, *, temperature: Any) -> Program:
@@ -69,17 +66,7 @@ def relax(fn: Program, *, temperature: Any) -> Program:
         >>> bool(((soft > 0) & (soft < 1)).all()), bool(((hard == 0) | (hard == 1)).all())
         (True, True)
     """
-    if not callable(temperature):
-        check_temperature(temperature)
-
-    def program(*args: Any, **kwargs: Any) -> Any:
-        value = temperature(*args, **kwargs) if callable(temperature) else temperature
-        check_temperature(value)
-        with _Relax(value):
-            return fn(*args, **kwargs)
-
-    # An object's attributes are none of the function's.
-    return functools.update_wrapper(program, fn, updated=())
+    return wrapped(fn, temperature, check_temperature, _Relax)
 
 
 class _Relax(Messenger):

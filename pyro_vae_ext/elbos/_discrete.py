@@ -342,13 +342,16 @@ def _check(elbo: DiscreteELBO, pair: tuple[Sites, ...], drawn: dict[str, Site]) 
     """Check the pair, and complete the scored sites by what is known after the run."""
     model_sites, guide_sites, _ = pair
     _checks.check_match(model_sites, guide_sites)
+    _checks.check_same_weight(model_sites, guide_sites)
     _checks.check_discrete(model_sites, guide_sites)
     _checks.check_data(model_sites)
     latent = [name for name, site in guide_sites.items() if not site["is_observed"]]
     for name, site in drawn.items():
         msg = guide_sites[name]
         elbo._check_site(name, (model_sites[name] if name in model_sites else msg)["fn"])
-        site.scale, site.plates, site.order = msg["scale"], _record.plates(msg), latent.index(name)
+        # The unit of a cost: without a KL weight, which may be 0.
+        site.scale = msg["infer"].get("unweighted_scale", msg["scale"])
+        site.plates, site.order = _record.plates(msg), latent.index(name)
         if site.kind is None:
             site.value = msg["value"]
             site.log_prob = _relaxation.unmasked_log_prob(msg)

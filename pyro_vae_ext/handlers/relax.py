@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +21,8 @@ from pyro_vae_ext._relaxation import (
     uniform,
 )
 from pyro_vae_ext.distributions import RelaxedOneHotCategorical
+from pyro_vae_ext.handlers._program import Program, wrapped
 
-Program = Callable[..., Any]
 Temperature = float | Tensor | Callable[..., float | Tensor]
 
 
@@ -76,30 +75,7 @@ def relax(fn: Program, *, temperature: Temperature) -> Program:
         >>> bool(((soft > 0) & (soft < 1)).all()), model().unique().numel() <= 2
         (True, True)
     """
-    if not callable(temperature):
-        check_temperature(temperature)
-
-    def program(*args: Any, **kwargs: Any) -> Any:
-        value = temperature(*args, **kwargs) if callable(temperature) else temperature
-        check_temperature(value)
-        with _Relax(value):
-            return fn(*args, **kwargs)
-
-    if isinstance(fn, torch.nn.Module):
-        return _Module(fn, program)
-    return functools.update_wrapper(program, fn)
-
-
-class _Module(torch.nn.Module):
-    """A relaxed module is a module: its parameters are those of what it runs."""
-
-    def __init__(self, fn: torch.nn.Module, program: Program) -> None:
-        super().__init__()
-        self.fn = fn
-        self._program = program
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._program(*args, **kwargs)
+    return wrapped(fn, temperature, check_temperature, _Relax)
 
 
 class _Relax(Messenger):

@@ -343,7 +343,7 @@ def own_parameters(name: str, case: dict) -> set[str]:
 MEMBERS = [
     pytest.param(name, case, id=f"{name}-{i}")
     for name, cases in CASES["elbos"].items()
-    if name.startswith("Trace")
+    if hasattr(getattr(elbos, name), "tunable")
     for i, case in enumerate(cases)
 ]
 
