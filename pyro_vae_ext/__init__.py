@@ -1,6 +1,24 @@
 """Guides, objectives and diagnostics that extend Pyro's own inference engines."""
 
-from pyro_vae_ext import diagnostics, distributions, elbos, guides, handlers, nn
+from pyro_vae_ext import (
+    diagnostics,
+    distributions,
+    elbos,
+    guides,
+    handlers,
+    likelihoods,
+    nn,
+    priors,
+)
 
-__all__ = ["diagnostics", "distributions", "elbos", "guides", "handlers", "nn"]
+__all__ = [
+    "diagnostics",
+    "distributions",
+    "elbos",
+    "guides",
+    "handlers",
+    "likelihoods",
+    "nn",
+    "priors",
+]
 __version__ = "0.1.0"

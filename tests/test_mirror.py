@@ -33,10 +33,13 @@ SECTIONS = {
     "diagnostics": ("Args", "Returns", "Raises", "Example"),
     "distributions": ("Args", "Raises", "References", "Example"),
     "handlers": ("Args", "Raises", "References", "Example"),
+    "likelihoods": ("Args", "Raises", "References", "Example"),
+    "priors": ("Args", "Raises", "References", "Example"),
 }
 # Errors about what only one host has, or lets through.
 OWN_ERRORS = {
     PYRO: {
+        "Expected a program that a handler can wrap",
         "Expected one site of each name",
         "Expected shape {} for the parameter '{}.{}'",
         "Expected values on the simplex at OneHotCategorical.log_prob",
