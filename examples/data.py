@@ -1,4 +1,4 @@
-"""Data of the examples: digits, statically binarised MNIST and the eight schools."""
+"""Data of the examples: digits, statically binarised MNIST, chorales and the eight schools."""
 
 import warnings
 from pathlib import Path
@@ -20,6 +20,19 @@ class Images(NamedTuple):
     centre: np.ndarray
     shape: tuple[int, int]
     dynamic: bool
+
+
+class Chorales(NamedTuple):
+    """Sequences of chords, each part as `(notes, lengths)`.
+
+    `notes` is `(sequences, steps, 88)` in {0, 1}, one column per key of the piano, and zeros
+    from the end of a sequence on; `lengths` is `(sequences,)`.
+    """
+
+    train: tuple[np.ndarray, np.ndarray]
+    valid: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    name: str
 
 
 class EightSchools(NamedTuple):
@@ -71,6 +84,59 @@ def images(args):
     loaded = digits() if args.dataset == "digits" else static_mnist(args.data_dir)
     if args.smoke_test:
         return loaded._replace(train=loaded.train[:100], test=loaded.test[:20])
+    return loaded
+
+
+def jsb_chorales(data_dir):
+    """Bach's chorales of Boulanger-Lewandowski et al. (2012) from `data_dir/polyphonic_jsb.npz`.
+
+    The file holds `train`, `valid` and `test`, the steps of all sequences one below the other,
+    rows of 11 bytes with eight keys each, and `train_len`, ..., the lengths of the sequences.
+    """
+    path = Path(data_dir) / "polyphonic_jsb.npz"
+    if not path.exists():
+        raise FileNotFoundError(f"Expected {path.name} in --data-dir; got {data_dir}.")
+    with np.load(path) as file:
+        parts = {
+            part: (np.unpackbits(file[part], axis=1)[:, :88], file[f"{part}_len"])
+            for part in ("train", "valid", "test")
+        }
+    longest = max(int(lengths.max()) for _, lengths in parts.values())
+    padded = {}
+    for part, (steps, lengths) in parts.items():
+        notes = np.zeros((len(lengths), longest, 88), np.float32)
+        notes[np.arange(longest) < lengths[:, None]] = steps
+        padded[part] = (notes, lengths)
+    return Chorales(**padded, name="JSB chorales")
+
+
+def synthetic_chorales():
+    """Made-up chorales for a run without files: triads of a key that walk about the circle."""
+    rng = np.random.default_rng(0)
+    steps = 24
+
+    def part(num_sequences):
+        lengths = rng.integers(steps // 2, steps + 1, num_sequences)
+        notes = np.zeros((num_sequences, steps, 88), np.float32)
+        for row, length in enumerate(lengths):
+            root = rng.integers(30, 42)
+            for step in range(length):
+                # The same chord, a fifth up or a fifth down; close to where it began.
+                root += int(rng.choice([0, 0, 7, -5, 5, -7]))
+                root = 30 + (root - 30) % 12
+                triad = root + np.array([0, 4 if rng.random() < 0.7 else 3, 7])
+                notes[row, step, [root - 12, *triad]] = 1.0
+        return notes, lengths
+
+    return Chorales(part(60), part(20), part(20), name="synthetic")
+
+
+def chorales(args):
+    """The chorales of `--data-dir`, made-up ones without it; cut down for a smoke test."""
+    loaded = synthetic_chorales() if args.data_dir is None else jsb_chorales(args.data_dir)
+    if args.smoke_test:
+        train, valid, test = ((notes[:20], lengths[:20]) for notes, lengths in loaded[:3])
+        return loaded._replace(train=train, valid=valid, test=test)
     return loaded
 
 
