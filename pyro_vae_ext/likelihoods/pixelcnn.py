@@ -197,13 +197,9 @@ class PixelCNN(Likelihood):
         # The first convolutions run on the batch of the values, the others on that of both.
         batch = inputs.shape[: -len(self.shape) - 1]
         for index, layer in enumerate(self.layers):
-            last, seen = index == self.num_layers - 1, functional.pad(vertical, layer.outside)
-            if last:  # no gate between the two: one convolution
-                across = layer.look_up(seen, layer.across.weight @ layer.vertical.weight)
-            else:
-                above = layer.look_up(seen, layer.vertical.weight)
-                across = _dense_at(above, layer.across.weight)
-            here = layer.look_left(horizontal) + across
+            above = layer.look_up(functional.pad(vertical, layer.outside))
+            here = layer.look_left(horizontal) + _dense_at(above, layer.across.weight)
+            last = index == self.num_layers - 1
             here, wide = _add(here, batch, self._term(conditioned, 2 * index + (not last)))
             mixed = _dense_at(_gate(here), layer.mix.masked_weight) + layer.mix.bias
             horizontal = horizontal + mixed if index else mixed
@@ -266,7 +262,7 @@ class PixelCNN(Likelihood):
         groups, _, width = self._image
         given = []
         for index, layer in enumerate(self.layers):
-            above = layer.look_up(torch.stack(list(rows[index]), 1), layer.vertical.weight)
+            above = layer.look_up(torch.stack(list(rows[index]), 1))
             here = layer.across(above)
             last = index == self.num_layers - 1
             here, _ = _add(here, batch, self._term(conditioned, 2 * index + (not last), row))
@@ -301,9 +297,9 @@ class _GatedLayer(nn.Module):
         )
         self.mix = MaskedLinear(channels, channels, _mask(groups, channels, channels))
 
-    def look_up(self, features: Tensor, weight: Tensor) -> Tensor:
+    def look_up(self, features: Tensor) -> Tensor:
         """The vertical convolution of rows ``(N, rows, W, width)``, those outside included."""
-        weight = weight.unflatten(-1, (self.num_rows, 2 * self.extent + 1, -1))
+        weight = self.vertical.weight.unflatten(-1, (self.num_rows, 2 * self.extent + 1, -1))
         return _convolve(features, weight, padding=(0, self.extent))
 
     def look_left(self, features: Tensor) -> Tensor:
