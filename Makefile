@@ -92,6 +92,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/step_time.py --backend numpyro
 	$(BIN)/python benchmarks/families.py --backend pyro
 	$(BIN)/python benchmarks/families.py --backend numpyro
+	$(BIN)/python benchmarks/likelihoods.py --backend pyro
+	$(BIN)/python benchmarks/likelihoods.py --backend numpyro
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

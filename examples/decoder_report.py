@@ -19,6 +19,7 @@ COLUMNS = (
     "backend",
     "decoder",
     "training",
+    "seed",
     "NLL",
     "below factorised",
     "standard error",
@@ -187,33 +188,37 @@ def compared(folder):
 
 
 def utilisation_picture(path, rows):
-    """How the use of the latents falls with what the decoder sees by itself."""
+    """How the use of the latents falls with what the decoder sees by itself: seeds and means."""
+    places = {"factorised": 0, 3: 1, 5: 2, 7: 3, None: 4}
     figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.0), layout="constrained")
+    columns = {
+        "NLL": "NLL (nats)",
+        "I(x; z) from": "I(x; z), lower bound (nats)",
+        "active units": "active units",
+    }
     for backend, colour in (("NumPyro", "#2f6fb0"), ("Pyro", "#d1772f")):
-        found = [
-            row
-            for row in rows
-            if row["backend"] == backend
-            and row["training"] == "ELBO"
-            and "KL" in row
-            and (row["decoder"] == "factorised" or row["decoder"].startswith("PixelCNN"))
-        ]
-        side = [
-            1 if row["decoder"] == "factorised" else row["receptive field"] or 15 for row in found
-        ]
-        order = np.argsort(side)
-        found, side = [found[i] for i in order], np.sort(side)
-        names = {1: "none", 15: "whole"}
-        for axes, column in zip(panels, ("NLL", "I(x; z) from", "active units"), strict=True):
-            places = [sorted({1, 3, 5, 7, 15}).index(s) for s in side]
-            axes.plot(places, [row[column] for row in found], "o-", color=colour, label=backend)
-            axes.set_xticks(range(5), [names.get(s, f"{s} x {s}") for s in (1, 3, 5, 7, 15)])
-            axes.set_xlabel("pixels that the decoder sees", fontsize=8)
-            axes.tick_params(labelsize=8)
-    for axes, text in zip(
-        panels, ("NLL (nats)", "I(x; z), lower bound (nats)", "active units"), strict=True
-    ):
+        found = {}
+        for row in rows:
+            if row["backend"] != backend or row["training"] != "ELBO" or "KL" not in row:
+                continue
+            seen = (
+                row["receptive field"] if row["decoder"].startswith("PixelCNN") else row["decoder"]
+            )
+            if seen in places:
+                found.setdefault(places[seen], []).append(row)
+        for axes, column in zip(panels, columns, strict=True):
+            values = {place: [row[column] for row in found[place]] for place in sorted(found)}
+            means = [np.mean(numbers) for numbers in values.values()]
+            axes.plot(values.keys(), means, "-", color=colour, label=backend)
+            for place, numbers in values.items():
+                axes.plot(
+                    [place] * len(numbers), numbers, "o", color=colour, markersize=4, alpha=0.6
+                )
+    for axes, text in zip(panels, columns.values(), strict=True):
+        axes.set_xticks(range(5), ["none", "3 x 3", "5 x 5", "7 x 7", "whole"])
+        axes.set_xlabel("pixels that the decoder sees", fontsize=8)
         axes.set_ylabel(text, fontsize=8)
+        axes.tick_params(labelsize=8)
     panels[0].legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
