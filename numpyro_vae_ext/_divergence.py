@@ -81,7 +81,7 @@ def divergences(
         split = [_split(sites[name]["fn"]) for sites in (drawn, modelled)]
         if len(set(ids)) > 1:
             _check_split(name, groups, drawn, modelled, split, own[name])
-        exact = _is_exact(name, list(drawn), latent)
+        exact = is_exact(name, list(drawn), latent)
         found[name] = _divergence(drawn[name], modelled[name], split, extra, ids, exact)
     return sum(others, start=jnp.zeros(())), found
 
@@ -94,7 +94,7 @@ def _divergence(
     weight = _wide(ours["scale"], event_dim)
     masks = [part.mask for part in split]
     if all(part.is_split for part in split):
-        terms = _closed_form(split[0].base, split[1].base) if exact else None
+        terms = closed_form(split[0].base, split[1].base) if exact else None
         if terms is None or (masks[0] is None) != (masks[1] is None):
             terms = weight * _masked(_terms(ours, split[0]), masks[0])
             density = _masked(_terms(theirs, split[1]), masks[1])
@@ -106,7 +106,7 @@ def _divergence(
     else:
         whole = None
         if exact and masks == [None, None]:
-            whole = _closed_form(ours["fn"], theirs["fn"])
+            whole = closed_form(ours["fn"], theirs["fn"])
         if whole is None:
             terms = _total(ours) - _total(theirs)
         else:
@@ -184,7 +184,7 @@ def _check_split(
         )
 
 
-def _is_exact(name: str, guided: list[str], latent: list[str]) -> bool:
+def is_exact(name: str, guided: list[str], latent: list[str]) -> bool:
     """Whether the closed form is right: it is not if a later draw of the guide may shape p."""
     return set(latent[: latent.index(name)]) <= set(guided[: guided.index(name)])
 
@@ -199,7 +199,7 @@ def _split(fn: Any) -> _Split:
     return _Split(base, mask, is_split)
 
 
-def _closed_form(ours: Any, theirs: Any) -> jax.Array | None:
+def closed_form(ours: Any, theirs: Any) -> jax.Array | None:
     """The host's divergence; None without one."""
     if any(isinstance(unwrapped(fn), dist.Delta) for fn in (ours, theirs)):
         return None

@@ -79,7 +79,7 @@ def divergences(
         split = [_split(sites[name]["fn"]) for sites in (guide_sites, model_sites)]
         if len(set(ids)) > 1:
             _check_split(name, groups, guide_sites, model_sites, split, own[name])
-        exact = _is_exact(name, list(guide_sites), latent)
+        exact = is_exact(name, list(guide_sites), latent)
         found[name] = _divergence(guide_sites[name], model_sites[name], split, extra, ids, exact)
     return (add(others) if others else torch.zeros(())), found
 
@@ -93,7 +93,7 @@ def _divergence(
     # As the host's TraceMeanField_ELBO has it, the guide's scale is that of the divergence.
     weight = _wide(ours["scale"], event_dim)
     if all(part.is_split for part in split):
-        terms = _closed_form(split[0].base, split[1].base) if exact else None
+        terms = closed_form(split[0].base, split[1].base) if exact else None
         if terms is None or (masks[0] is None) != (masks[1] is None):
             terms = scale_and_mask(_terms(ours, split[0]), weight, masks[0])
             density = _terms(theirs, split[1])
@@ -105,7 +105,7 @@ def _divergence(
     else:
         whole = None
         if exact and masks == [None, None]:
-            whole = _closed_form(ours["fn"], theirs["fn"])
+            whole = closed_form(ours["fn"], theirs["fn"])
         if whole is None:
             terms = _total(ours) - _total(theirs)
         else:
@@ -181,7 +181,7 @@ def _check_split(
         )
 
 
-def _is_exact(name: str, guided: list[str], latent: list[str]) -> bool:
+def is_exact(name: str, guided: list[str], latent: list[str]) -> bool:
     """Whether the closed form is right: it is not if a later draw of the guide may shape p."""
     return set(latent[: latent.index(name)]) <= set(guided[: guided.index(name)])
 
@@ -209,7 +209,7 @@ def _mask(site: Any, split: _Split) -> Any:
     return own if split.mask is None else split.mask & own
 
 
-def _closed_form(ours: Any, theirs: Any) -> Tensor | None:
+def closed_form(ours: Any, theirs: Any) -> Tensor | None:
     """The host's divergence; None without one. The host's for a point mass lacks its density."""
     if "Delta" in (distribution_name(ours), distribution_name(theirs)):
         return None

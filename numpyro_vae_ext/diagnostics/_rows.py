@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax import random
-from numpyro.distributions import kl_divergence
 
-from numpyro_vae_ext import _checks, _record, _trace
+from numpyro_vae_ext import _checks, _divergence, _record, _trace
 from numpyro_vae_ext.diagnostics._utilisation import (
     Draws,
     Runs,
@@ -157,7 +156,7 @@ class PairRuns(Runs):
                 "log_likelihood": self._data(asked),
                 "values": {name: self._rows(name, given[name]["value"]) for name in self.latent},
                 "kl": {
-                    name: self._rows(name, _divergence(given[name], asked[name]))
+                    name: self._rows(name, _terms(name, given, asked))
                     for name in self.latent
                     if self.split[name]
                 },
@@ -270,13 +269,14 @@ def _splits(*fns: Any) -> bool:
     return all(not base.event_shape and not isinstance(base, dist.Delta) for base in bases)
 
 
-def _divergence(given: Any, asked: Any) -> jax.Array:
-    """Divergence of every element of a site: in closed form, else at the value."""
-    q, p = (_checks.unwrapped(site["fn"]) for site in (given, asked))
-    try:
-        return kl_divergence(q, p)
-    except NotImplementedError:
-        return q.log_prob(given["value"]) - p.log_prob(given["value"])
+def _terms(name: str, given: Any, asked: Any) -> jax.Array:
+    """Divergence of every element of a site: in closed form where that is right, or sampled."""
+    q, p = (_checks.unwrapped(sites[name]["fn"]) for sites in (given, asked))
+    value = given[name]["value"]
+    latent = [other for other, site in asked.items() if not site["is_observed"]]
+    exact = _divergence.is_exact(name, list(given), latent)
+    found = _divergence.closed_form(q, p) if exact else None
+    return q.log_prob(value) - p.log_prob(value) if found is None else found
 
 
 def _numpy(tree: Any, size: int) -> Any:

@@ -11,9 +11,8 @@ import torch
 from pyro.distributions import Independent, MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
-from torch.distributions import kl_divergence
 
-from pyro_vae_ext import _checks, _record, _trace
+from pyro_vae_ext import _checks, _divergence, _record, _trace
 from pyro_vae_ext.diagnostics._utilisation import (
     Draws,
     Runs,
@@ -100,7 +99,7 @@ class PairRuns(Runs):
         """Run both programs."""
         asked, given = self._pair(size)
         kl = {
-            name: self._by_row(_divergence(given[name], asked[name]), self.event_dims[name])
+            name: self._by_row(_terms(name, given, asked), self.event_dims[name])
             for name in self.latent
             if self.split[name]
         }
@@ -240,13 +239,14 @@ def _splits(*fns: Any) -> bool:
     return all(not base.event_shape and type(base).__name__ != "Delta" for base in bases)
 
 
-def _divergence(given: Any, asked: Any) -> Tensor:
-    """Divergence of every element of a site: in closed form, else at the value."""
-    q, p = (_checks.unwrapped(site["fn"]) for site in (given, asked))
-    value = given["value"]
-    try:
-        found = kl_divergence(q, p)
-    except NotImplementedError:
+def _terms(name: str, given: Any, asked: Any) -> Tensor:
+    """Divergence of every element of a site: in closed form where that is right, or sampled."""
+    q, p = (_checks.unwrapped(sites[name]["fn"]) for sites in (given, asked))
+    value = given[name]["value"]
+    latent = [other for other, site in asked.items() if not site["is_observed"]]
+    exact = _divergence.is_exact(name, list(given), latent)
+    found = _divergence.closed_form(q, p) if exact else None
+    if found is None:
         found = q.log_prob(value) - p.log_prob(value)
     return found.expand(value.shape)
 
