@@ -38,6 +38,10 @@ from numpyro_vae_ext._record import (
 )
 
 
+# Numbers that one site of a chunk of samples may have: 64 MiB in single precision.
+MOST_NUMBERS = 2**24
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LogWeights:
@@ -250,6 +254,18 @@ def compiled(fn: Callable[..., Any], pair: Pair) -> Callable[..., Any]:
 def layout(rng_key: jax.Array, params: Params, pair: Pair) -> LogWeights:
     """Shapes of one run; the data are looked at, as a compiled run cannot do."""
     return jax.eval_shape(lambda: run(rng_key, shared_key(rng_key), params, pair))
+
+
+def chunk_size(rng_key: jax.Array, params: Params, pair: Pair) -> int:
+    """Samples to run at a time: few enough that each site's values fit into memory many times."""
+
+    def values() -> list[jax.Array]:
+        modelled, drawn = pair_sites(rng_key, shared_key(rng_key), params, pair)
+        sites = (*modelled.values(), *drawn.values())
+        return [jnp.broadcast_to(site["value"], site["fn"].shape()) for site in sites]
+
+    widest = max((value.size for value in jax.eval_shape(values)), default=1)
+    return max(1, min(100, MOST_NUMBERS // max(1, widest)))
 
 
 def _plates(site: Any) -> Plates:

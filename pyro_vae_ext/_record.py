@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -153,8 +153,22 @@ def is_scored(site: Any) -> bool:
     return not site["is_observed"] and not site["fn"].has_rsample
 
 
-def probe(model: Program, guide: Program, args: tuple, kwargs: dict) -> tuple[int, int]:
-    """Largest number of nested plates of the pair, and the number of its scored sites."""
+class Probe(NamedTuple):
+    """What one run of a pair shows.
+
+    Attributes:
+        nesting: Largest number of nested plates.
+        num_scored: Number of scored sites.
+        widest: Numbers of one sample of the site that has most.
+    """
+
+    nesting: int
+    num_scored: int
+    widest: int
+
+
+def probe(model: Program, guide: Program, args: tuple, kwargs: dict) -> Probe:
+    """Run a pair once, without a trace of it."""
     # The run leaves no trace: no gradient, no site seen from outside, no random number used up.
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.no_grad(), poutine.block(), torch.random.fork_rng(devices):
@@ -166,7 +180,8 @@ def probe(model: Program, guide: Program, args: tuple, kwargs: dict) -> tuple[in
     dims = [
         frame.dim for _, site in sites for frame in site["cond_indep_stack"] if frame.vectorized
     ]
-    return -min(dims, default=0), sum(map(is_scored, guide_sites.values()))
+    widest = max((site["fn"].shape().numel() for _, site in sites), default=1)
+    return Probe(-min(dims, default=0), sum(map(is_scored, guide_sites.values())), widest)
 
 
 def log_prob(site: Any) -> Tensor:

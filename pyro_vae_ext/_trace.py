@@ -28,6 +28,9 @@ from pyro_vae_ext._record import (
     run_pair,
 )
 
+# Numbers that one site of a chunk of samples may have: 64 MiB in single precision.
+MOST_NUMBERS = 2**24
+
 
 @dataclass
 class LogWeights:
@@ -106,7 +109,13 @@ def host_traces(model: Program, guide: Program, args: tuple, kwargs: dict) -> tu
 
 def plate_nesting(model: Program, guide: Program, args: tuple, kwargs: dict) -> int:
     """Largest number of nested plates of the pair, found by running it once."""
-    return probe(model, guide, args, kwargs)[0]
+    return probe(model, guide, args, kwargs).nesting
+
+
+def chunk_size(model: Program, guide: Program, args: tuple, kwargs: dict) -> int:
+    """Samples to run at a time: few enough that each site's values fit into memory many times."""
+    widest = probe(model, guide, args, kwargs).widest
+    return max(1, min(100, MOST_NUMBERS // max(1, widest)))
 
 
 def run(
@@ -346,3 +355,11 @@ def _log_prob(term: _Term, path: _path.Path | None) -> Tensor:
             f"'{term.name}' with a {type(site['fn']).__name__} that cannot invert its transforms. "
             "Use gradient='reparam'."
         ) from error
+
+
+def captured(fn: Program, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+    """What a function returns, and the unconstrained parameters that it used, by name."""
+    with poutine.trace(param_only=True) as capture:
+        result = fn(*args, **kwargs)
+    sites: dict[str, Any] = dict(capture.trace.nodes)
+    return result, {name: site["value"].unconstrained() for name, site in sites.items()}

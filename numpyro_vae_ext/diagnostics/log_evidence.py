@@ -42,7 +42,8 @@ def log_evidence(
         params: Constrained parameters, as ``svi.get_params`` gives them; mutable state may be
             among them.
         num_samples: Number :math:`K` of samples per datum.
-        chunk_size: Samples to run at a time, which bounds the memory; 100 by default.
+        chunk_size: Samples to run at a time, which bounds the memory; by default as many as hold
+            :math:`2^{24}` numbers at the widest site, and 100 at most.
         progress_bar: Show a bar over chunks on standard error.
         kwargs: Keyword arguments of both.
 
@@ -77,8 +78,10 @@ def log_evidence(
         (8,)
     """
     positive_int("num_samples", num_samples)
-    size = min(num_samples, 100 if chunk_size is None else positive_int("chunk_size", chunk_size))
     pair = _trace.Pair(model, guide, args, kwargs)
+    if chunk_size is None:
+        chunk_size = _trace.chunk_size(rng_key, params, pair)
+    size = min(num_samples, positive_int("chunk_size", chunk_size))
     shape = _trace.layout(rng_key, params, pair).value
     plate_key = _trace.shared_key(rng_key)
 

@@ -36,7 +36,8 @@ def log_evidence(
         guide: Program of Pyro primitives; discrete latent sites are fine here.
         args: Positional arguments of both.
         num_samples: Number :math:`K` of samples per datum.
-        chunk_size: Samples to run at a time, which bounds the memory; 100 by default.
+        chunk_size: Samples to run at a time, which bounds the memory; by default as many as hold
+            :math:`2^{24}` numbers at the widest site, and 100 at most.
         progress_bar: Show a bar over chunks on standard error.
         kwargs: Keyword arguments of both.
 
@@ -68,7 +69,9 @@ def log_evidence(
         torch.Size([8])
     """
     positive_int("num_samples", num_samples)
-    size = min(num_samples, 100 if chunk_size is None else positive_int("chunk_size", chunk_size))
+    if chunk_size is None:
+        chunk_size = _trace.chunk_size(model, guide, args, kwargs)
+    size = min(num_samples, positive_int("chunk_size", chunk_size))
     parts: list[Tensor] = []
     subsamples: dict[str, Tensor] = {}
     particle_dim = -1 - _trace.plate_nesting(model, guide, args, kwargs)

@@ -197,7 +197,7 @@ class DiscreteELBO(HostELBO, ABC):
                 return self._stacked(model, guide, args, kwargs, copies, *self._layout)
             except Exception as error:
                 failure = error  # Perhaps another pair than the last one, with more plates.
-        nesting, num_sites = _record.probe(model, guide, args, kwargs)
+        nesting, num_sites, _ = _record.probe(model, guide, args, kwargs)
         layout = max(nesting, self._least_nesting), num_sites
         if failure is not None and layout == self._layout:
             raise failure

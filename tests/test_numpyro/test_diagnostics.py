@@ -17,6 +17,7 @@ from reference import conjugate as oracle
 from test_numpyro import models
 from test_numpyro.models import family, module_params, normal, shaken
 
+from numpyro_vae_ext import _trace
 from numpyro_vae_ext.diagnostics import active_units, log_evidence, to_arviz
 from numpyro_vae_ext.elbos import ImportanceWeightedELBO
 
@@ -114,6 +115,20 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
             KEY, model, guide, x, params=params, num_samples=4, chunk_size=2, progress_bar=shown
         )
         assert ("log evidence" in capsys.readouterr().err) == shown
+
+
+def test_log_evidence_bounds_its_memory_by_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a chunk_size, a chunk's widest site has no more numbers than allowed, if it can."""
+    model, guide, params, x = pair("MeanField")
+    widest = x.size
+    for most, expected in ((2**24, 100), (3 * widest + 1, 3), (widest - 1, 1)):
+        monkeypatch.setattr(_trace, "MOST_NUMBERS", most)
+        assert _trace.chunk_size(KEY, params, _trace.Pair(model, guide, (x,), {})) == expected
+    monkeypatch.setattr(_trace, "MOST_NUMBERS", 3 * widest)
+    log_evidence(KEY, model, guide, x, params=params, num_samples=7)
+    assert "| 3/3 [" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", CASES["diagnostics"]["active_units"])

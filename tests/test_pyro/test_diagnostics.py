@@ -16,6 +16,7 @@ from reference import conjugate as oracle
 from scipy import stats
 from test_pyro.models import amortised, conjugate, family, shaken
 
+from pyro_vae_ext import _trace
 from pyro_vae_ext.diagnostics import active_units, log_evidence, to_arviz
 
 
@@ -64,6 +65,24 @@ def test_log_evidence_in_chunks_is_one_mean(monkeypatch: pytest.MonkeyPatch) -> 
         results.append(log_evidence(model, guide, num_samples=50, chunk_size=chunk_size))
     torch.testing.assert_close(results[0], results[1])
     torch.testing.assert_close(results[0], results[2])
+
+
+def test_log_evidence_bounds_its_memory_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a chunk_size, a chunk's widest site has no more numbers than allowed, if it can."""
+    model, guide, x = pair(rows=6, dim=2)
+    sizes: list[int] = []
+    run = _trace.run
+
+    def counted(*args, num_particles: int, **kwargs):
+        sizes.append(num_particles)
+        return run(*args, num_particles=num_particles, **kwargs)
+
+    monkeypatch.setattr(_trace, "run", counted)
+    for most, expected in ((2**24, [7]), (12 * 3, [3, 3, 1]), (5, [1] * 7)):
+        monkeypatch.setattr(_trace, "MOST_NUMBERS", most)
+        log_evidence(model, guide, num_samples=7, progress_bar=False)
+        assert sizes == expected
+        sizes.clear()
 
 
 def test_log_evidence_of_a_discrete_latent() -> None:
