@@ -79,8 +79,8 @@ def imported(path: Path) -> set[str]:
             found.add(node.module.split(".")[0])
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             # A script may run another one by its name, in a process of its own.
-            found |= {node.value.removesuffix(".py")} if node.value.isidentifier() else set()
-            found |= {Path(node.value).stem} if node.value.endswith(".py") else set()
+            name = node.value.removesuffix(".py")
+            found |= {name} if name.isidentifier() and (EXAMPLES / f"{name}.py").exists() else set()
     local = {name for name in found if (EXAMPLES / f"{name}.py").exists()} - {path.stem}
     return found.union(*(imported(EXAMPLES / f"{name}.py") for name in local))
 
@@ -97,7 +97,8 @@ def scripts() -> list[Path]:
 
 
 def skip_without(modules: set[str]) -> None:
-    for name in ("torch", "pyro", "jax", "numpyro", "flax", "arviz", "matplotlib", "sklearn"):
+    optional = ("torch", "pyro", "lightning", "jax", "numpyro", "flax", "arviz", "matplotlib")
+    for name in (*optional, "sklearn"):
         if name in modules and find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
 
