@@ -28,6 +28,7 @@ from tqdm import tqdm
 from numpyro_vae_ext import guides
 from numpyro_vae_ext.diagnostics import active_units, log_evidence, to_arviz
 from numpyro_vae_ext.elbos import ImportanceWeightedELBO
+from numpyro_vae_ext.training import fit
 
 
 class MLP(nnx.Module):
@@ -81,25 +82,12 @@ def build(args, images):
     return model, guide, prior_means
 
 
-def batches(args, images):
-    """Indices of the rows of each batch, one array `(steps, rows)` per compiled scan."""
-    rng = np.random.default_rng(args.seed)
-    num_rows = len(images.train)
-    if args.dataset == "digits":
-        num_steps = args.num_steps or 20_000
-        for start in range(0, num_steps, 500):
-            yield rng.integers(num_rows, size=(min(500, num_steps - start), 50))
-    else:
-        for _ in range(args.max_epochs):
-            yield rng.permutation(num_rows).reshape(-1, args.batch_size)
-
-
 def optimiser(args, images):
     """Adam with the data set's schedule."""
     if args.dataset == "digits":
         num_steps = args.num_steps or 20_000
         return optax.adam(optax.cosine_decay_schedule(2e-3, num_steps, alpha=0.01))
-    steps = len(images.train) // args.batch_size
+    steps = -(-len(images.train) // args.batch_size)
     if args.schedule == "cosine":
         cosine = optax.cosine_decay_schedule(1e-3, steps * args.max_epochs, alpha=0.01)
         return optax.adam(cosine, eps=1e-4)
@@ -112,33 +100,33 @@ def optimiser(args, images):
 
 
 def train(args, images, svi, rng_key):
-    """Parameters after training: one compiled scan over the steps of every chunk."""
-    train_rows = jnp.asarray(images.train)
+    """Parameters after training."""
+    if args.dataset == "mnist":
+        # Static bits: shuffled epochs.
+        rows = jnp.asarray(images.train, jnp.float32)
+        options = {"num_epochs": args.max_epochs, "batch_size": args.batch_size}
+        return fit(rng_key, svi, rows, **options).params
+    # Bits drawn anew in every batch; one compiled scan over the steps of every chunk.
+    intensities, rng = jnp.asarray(images.train), np.random.default_rng(args.seed)
 
     def binarise(key, rows):
-        batch = train_rows[rows]
-        if images.dynamic:
-            return (jax.random.uniform(key, batch.shape) < batch).astype(jnp.float32)
-        return batch.astype(jnp.float32)
+        return jax.random.bernoulli(key, intensities[rows]).astype(jnp.float32)
 
     @jax.jit
     def run(state, keys, rows):
-        def step(state, xs):
-            return svi.update(state, binarise(*xs))
+        return jax.lax.scan(lambda state, xs: svi.update(state, binarise(*xs)), state, (keys, rows))
 
-        return jax.lax.scan(step, state, (keys, rows))
-
-    state = None
-    total = args.max_epochs if args.dataset == "mnist" else args.num_steps or 20_000
-    with tqdm(total=total, desc=report.vae_title("numpyro", args)) as bar:
-        for rows in batches(args, images):
-            rng_key, key = jax.random.split(rng_key)
-            keys = jax.random.split(key, len(rows))
-            if state is None:
-                state = svi.init(key, binarise(key, rows[0]))
-            state, losses = run(state, keys, jnp.asarray(rows))
-            bar.update(1 if args.dataset == "mnist" else len(rows))
-            bar.set_postfix(bound=f"{-losses.mean() / rows.shape[1]:.2f}", refresh=False)
+    init_key, key = jax.random.split(rng_key)
+    state = svi.init(init_key, binarise(init_key, np.arange(50)))
+    num_steps = args.num_steps or 20_000
+    with tqdm(total=num_steps, desc=report.vae_title("numpyro", args)) as bar:
+        for start in range(0, num_steps, 500):
+            count = min(500, num_steps - start)
+            rows = rng.integers(len(images.train), size=(count, 50))
+            keys = jax.random.split(jax.random.fold_in(key, start), count)
+            state, losses = run(state, keys, rows)
+            bar.update(count)
+            bar.set_postfix(bound=f"{-losses.mean() / 50:.2f}", refresh=False)
     return svi.get_params(state)
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from pyro_vae_ext import guides
 from pyro_vae_ext.diagnostics import active_units, log_evidence, to_arviz
 from pyro_vae_ext.elbos import ImportanceWeightedELBO
+from pyro_vae_ext.training import compile, fit
 
 
 def mlp(*widths, linear_output=False):
@@ -68,44 +69,42 @@ def build(args, images):
     return model, guide, prior_means
 
 
-def batches(args, images):
-    """Batches of bits, and the factor of the learning rate at each of them."""
-    rng = np.random.default_rng(args.seed)
-    rows = torch.from_numpy(images.train)
-    if args.dataset == "digits":
-        num_steps = args.num_steps or 20_000
-        for step in range(num_steps):
-            batch = rows[rng.integers(len(rows), size=50)]
-            yield torch.bernoulli(batch), report.cosine(step, num_steps)
-    else:
-        stages = report.stages(args.max_epochs)
-        for epoch in range(args.max_epochs):
-            order = rng.permutation(len(rows)).reshape(-1, args.batch_size)
-            for step, chosen in enumerate(order):
-                now = epoch + step / len(order)
-                rate = next((rate for end, rate in stages if now < end), stages[-1][1])
-                factor = rate / stages[0][1]
-                if args.schedule == "cosine":
-                    factor = report.cosine(now, args.max_epochs)
-                yield rows[chosen].float(), factor
-
-
-def train(args, images, model, guide, elbo):
-    """Train in place with the host's SVI."""
-    adam = {"lr": 2e-3} if args.dataset == "digits" else {"lr": 1e-3, "eps": 1e-4}
-    optim = pyro.optim.Adam(adam)
-    svi = SVI(model, guide, optim, elbo)
-    total = args.num_steps or 20_000
+def train(args, images, svi):
+    """Train in place."""
     if args.dataset == "mnist":
-        total = args.max_epochs * (len(images.train) // args.batch_size)
-    bar = tqdm(batches(args, images), total=total, desc=report.vae_title("pyro", args))
+        # Static bits: shuffled epochs.
+        rows, rate = torch.from_numpy(images.train).float(), rates(args, len(images.train))
+        options = {"num_epochs": args.max_epochs, "batch_size": args.batch_size}
+        schedules = {"learning_rate": rate}
+        fit(svi, rows, **options, schedules=schedules, compile=not args.smoke_test)
+        return
+    # Bits drawn anew in every batch.
+    if not args.smoke_test:
+        svi = compile(svi)
+    rng, rows = np.random.default_rng(args.seed), torch.from_numpy(images.train)
+    num_steps = args.num_steps or 20_000
+    bar = tqdm(range(num_steps), desc=report.vae_title("pyro", args))
     bound = 0.0
-    for step, (batch, factor) in enumerate(bar):
-        for adam_of_one in optim.optim_objs.values():
-            adam_of_one.param_groups[0]["lr"] = adam["lr"] * factor
-        bound += (-svi.step(batch) / len(batch) - bound) / min(step + 1, 500)
+    for step in bar:
+        for adam_of_one in svi.optim.optim_objs.values():
+            adam_of_one.param_groups[0]["lr"] = 2e-3 * report.cosine(step, num_steps)
+        batch = torch.bernoulli(rows[rng.integers(len(rows), size=50)])
+        bound += (-float(svi.step(batch)) / len(batch) - bound) / min(step + 1, 500)
         if step % 100 == 99:
             bar.set_postfix(bound=f"{bound:.2f}", refresh=False)
+
+
+def rates(args, num_rows):
+    """Learning rate on MNIST as a function of the step."""
+    steps, stages = -(-num_rows // args.batch_size), report.stages(args.max_epochs)
+
+    def rate(step):
+        epoch = step / steps
+        if args.schedule == "cosine":
+            return 1e-3 * report.cosine(epoch, args.max_epochs)
+        return next((rate for end, rate in stages if epoch < end), stages[-1][1])
+
+    return rate
 
 
 def main(args):
@@ -119,7 +118,8 @@ def main(args):
     pyro.enable_validation(False)
     model, guide, prior_means = build(args, images)
     elbo = ImportanceWeightedELBO(args.num_particles, gradient=args.gradient)
-    train(args, images, model, guide, elbo)
+    adam = {"lr": 2e-3} if args.dataset == "digits" else {"lr": 1e-3, "eps": 1e-4}
+    train(args, images, SVI(model, guide, pyro.optim.Adam(adam), elbo))
     seconds = time.perf_counter() - start
 
     x = torch.from_numpy(images.test)

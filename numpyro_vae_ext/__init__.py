@@ -19,6 +19,7 @@ from numpyro_vae_ext import (
     likelihoods,
     nn,
     priors,
+    training,
 )
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "likelihoods",
     "nn",
     "priors",
+    "training",
 ]
 
 __version__ = "0.1.0"

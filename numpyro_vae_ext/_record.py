@@ -55,11 +55,14 @@ class Chosen(Messenger):
 
 
 class Recorder(NamedTuple):
-    """Runs guide and model under the key of one particle."""
+    """Runs guide and model under the key of one particle.
+
+    Without a key of their own, plates draw their subsamples as in the host's objectives.
+    """
 
     pair: Pair
     rng_key: jax.Array
-    plate_key: jax.Array
+    plate_key: jax.Array | None
 
     def guide(
         self, params: Params, values: Sites | None = None, choose: Choose | None = None
@@ -88,7 +91,10 @@ class Recorder(NamedTuple):
     ) -> Sites:
         # The seed is innermost: a replayed value leaves the keys of all other sites alone, and a
         # plate uses up a key as it does in the host's own objectives.
-        fn = replay(SharedSubsample(seed(fn, key), self.plate_key), values or {})
+        fn = seed(fn, key)
+        if self.plate_key is not None:
+            fn = SharedSubsample(fn, self.plate_key)
+        fn = replay(fn, values or {})
         if choose is not None:
             fn = Chosen(fn, choose)
         for handler in outer:

@@ -212,6 +212,53 @@ def pair_sites(
     return sample_sites(modelled), sample_sites(drawn)
 
 
+def step_sites(
+    rng_key: jax.Array, plate_key: jax.Array | None, params: Params, pair: Pair
+) -> tuple[Sites, Sites, Sites]:
+    """What one particle of a step runs, with no condition on it.
+
+    Returns:
+        The sample sites of the guide and of the model, and the plates of the model.
+    """
+    record = Recorder(pair, rng_key, plate_key)
+    params = jax.tree.map(lambda x: x, params)
+    drawn = record.guide(params)
+    # All of the guide's sites: a model's plate has the subsample of the guide's.
+    modelled = record.model({**params, **mutable_state(drawn)}, drawn)
+    plates = {name: site for name, site in modelled.items() if site["type"] == "plate"}
+    return sample_sites(drawn), sample_sites(modelled), plates
+
+
+def data_scale(params: Params, pair: Pair, rows: int) -> tuple[float, str]:
+    """The scale of the observed sites, 1 if they differ, and the name of the first of them.
+
+    A plate that draws its subsample from all ``rows`` itself does not count: times ``rows`` the
+    scale is the number of data that a loss is the sum over.
+    """
+    found: dict[str, Any] = {}
+
+    def look(params: Params) -> tuple[()]:
+        _, modelled, plates = step_sites(random.key(0), None, params, pair)
+        sites = {name: site for name, site in modelled.items() if site["is_observed"]}
+        data = {name: site for name, site in sites.items() if _checks.is_data(site)}
+        for name, site in (data or sites).items():
+            scale = 1.0 if site["scale"] is None else site["scale"]
+            for frame in site["cond_indep_stack"]:
+                full = plates[frame.name]["args"][0] if frame.name in plates else frame.size
+                scale = scale * frame.size / full if full == rows else scale
+            found[name] = scale
+        return ()
+
+    # Shapes alone as a rule: scales are numbers of the program, or else it runs.
+    jax.eval_shape(look, params)
+    if any(_checks.is_traced(scale) for scale in found.values()):
+        look(params)
+    numbers = [np.unique(np.asarray(scale, float)) for scale in found.values()]
+    scales = np.concatenate([*numbers, np.empty(0)])
+    same = scales.size and np.allclose(scales, scales[0], rtol=1e-6, atol=0)
+    return float(scales[0]) if same else 1.0, next(iter(found), "")
+
+
 def sites_at(
     rng_key: jax.Array,
     plate_key: jax.Array,

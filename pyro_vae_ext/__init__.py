@@ -9,6 +9,7 @@ from pyro_vae_ext import (
     likelihoods,
     nn,
     priors,
+    training,
 )
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "likelihoods",
     "nn",
     "priors",
+    "training",
 ]
 __version__ = "0.1.0"

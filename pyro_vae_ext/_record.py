@@ -141,6 +141,18 @@ def run_pair(
     return model_record.sites, guide_sites, values
 
 
+class Watch(Messenger):
+    """Shows every sample statement to a function while an objective runs the programs."""
+
+    def __init__(self, look: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.look = look
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg) and not msg["infer"].get("_deterministic", False):
+            self.look(msg)
+
+
 def particle_frame(size: int, dim: int | None) -> CondIndepStackFrame | None:
     """The frame of the outermost plate; None without a dimension."""
     if dim is None:

@@ -363,3 +363,24 @@ def captured(fn: Program, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Ten
         result = fn(*args, **kwargs)
     sites: dict[str, Any] = dict(capture.trace.nodes)
     return result, {name: site["value"].unconstrained() for name, site in sites.items()}
+
+
+def data_scale(msgs: list[Any], rows: int) -> tuple[float, str]:
+    """Number of data per row that a loss stands for, and the name of the first observed site.
+
+    The scale of the observed sites, 1 if they differ. A plate that draws its subsample from all
+    ``rows`` itself does not count: times ``rows`` it is the number of data that a loss is the sum
+    over.
+    """
+    observed = [msg for msg in msgs if msg["is_observed"]]
+    # A factor observes nothing; alone, it stands for the data.
+    observed = [msg for msg in observed if msg["value"].numel()] or observed
+    found: list[float] = []
+    for msg in observed:
+        scale = torch.as_tensor(msg["scale"]).double().flatten()
+        for frame in msg["cond_indep_stack"]:
+            if frame.full_size == rows:
+                scale = scale * (frame.size / rows)
+        found += scale.unique().tolist()
+    same = found and all(math.isclose(scale, found[0], rel_tol=1e-6) for scale in found)
+    return found[0] if same else 1.0, observed[0]["name"] if observed else ""

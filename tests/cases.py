@@ -397,6 +397,32 @@ CASES: dict[str, dict[str, list[dict]]] = {
             {"num_samples": 5, "num_chains": 1, "posterior_predictive": False},
         ],
     },
+    "training": {
+        "CompiledSVI": [{"num_particles": 1}, {"num_particles": 5}],
+        "FitResult": [{"num_epochs": 1}],
+        "History": [
+            {"loss": (2.5, 2.0), "validation_loss": (2.75, float("nan")), "best_epoch": 0},
+            {"loss": (1.5,), "validation_loss": (float("nan"),), "best_epoch": None},
+            {"loss": (), "validation_loss": (), "best_epoch": None},
+        ],
+        "Skipped": [
+            {"epoch": 0, "step": 1, "site": "x", "reason": "data"},
+            {"epoch": 1, "step": 3, "site": None, "reason": "loss"},
+        ],
+        "compile": [{"num_particles": 1}, {"num_particles": 5}],
+        "fit": [
+            {"num_epochs": 3},
+            {"num_epochs": 3, "batch_size": 5},
+            {"num_epochs": 3, "batch_size": 5, "shuffle": False},
+            {"num_epochs": 3, "batch_size": 5, "drop_last": True},
+            {"num_epochs": 3, "batch_size": 40},
+        ],
+        "load_checkpoint": [{"optimiser": "Adam"}, {"optimiser": "SGD"}],
+        "save_checkpoint": [
+            {"metadata": None},
+            {"metadata": {"epoch": 3, "names": ["a", "b"], "loss": 0.1, "best": None}},
+        ],
+    },
 }
 
 # Families with a density of their own, and those whose density is an integral.

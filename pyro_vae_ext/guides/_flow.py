@@ -96,12 +96,14 @@ class FlowDistribution(TorchDistribution):
     def implicit_terms(self, value: Tensor, noise: Tensor) -> Tensor:
         """Terms of the log-density at ``value``, whose noise is known.
 
-        Their sum has exact partial derivatives.
+        Their sum has exact partial derivatives; with gradients disabled, which spares the score,
+        it has none.
 
         Args:
             value: ``(*batch, D)``.
             noise: ``(*batch, D)``, a constant.
         """
-        score = self.transform.score(noise)
         image, terms = self.transform.forward(noise)
-        return terms + score * (value - image)
+        if not torch.is_grad_enabled():
+            return terms
+        return terms + self.transform.score(noise) * (value - image)

@@ -1,0 +1,17 @@
+"""Training: compiled steps, epochs with everything around them, and checkpoints."""
+
+from pyro_vae_ext.training.checkpoint import load_checkpoint, save_checkpoint
+from pyro_vae_ext.training.compile import CompiledSVI, compile
+from pyro_vae_ext.training.fit import FitResult, fit
+from pyro_vae_ext.training.history import History, Skipped
+
+__all__ = [
+    "CompiledSVI",
+    "FitResult",
+    "History",
+    "Skipped",
+    "compile",
+    "fit",
+    "load_checkpoint",
+    "save_checkpoint",
+]
