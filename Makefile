@@ -6,7 +6,7 @@
 #   make test           tests, doctests and the examples' smoke runs, both backends
 #   make lint           ruff (check and format) and mypy
 #   make docs           HTML pages under docs/_build/html; warnings are errors
-#   make bench          benchmarks (ARGS=... for pytest options)
+#   make bench          benchmarks: one JSON and docs/benchmark_results.md (ARGS="--quick": minutes)
 #   make wheel          the wheel, under dist/
 #   make test-numpyro PYTHON=python3.12     the NumPyro half alone: no torch, ArviZ 1.x
 #   make clean          remove what the targets made, environments included
@@ -87,13 +87,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m pytest -o addopts="--import-mode=importlib" -o testpaths=benchmarks --benchmark-only benchmarks $(ARGS)
-	$(BIN)/python benchmarks/step_time.py --backend pyro
-	$(BIN)/python benchmarks/step_time.py --backend numpyro
-	$(BIN)/python benchmarks/families.py --backend pyro
-	$(BIN)/python benchmarks/families.py --backend numpyro
-	$(BIN)/python benchmarks/likelihoods.py --backend pyro
-	$(BIN)/python benchmarks/likelihoods.py --backend numpyro
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -58,10 +58,9 @@ HEAD = f"{'program':34}  {'weights':>9}  {'seconds':>9}  {'ratio':>8}"
 class Peer:
     """The peer's programs, in a process of its own that waits for their names."""
 
-    def __init__(self, python, options):
-        script = Path(__file__).with_name("likelihoods_tfp.py")
+    def __init__(self, python, options, script="likelihoods_tfp.py"):
         self.process = subprocess.Popen(
-            [python, script, json.dumps(options)],
+            [python, Path(__file__).with_name(script), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -25,8 +25,8 @@ ONE_THREAD = {
 }
 
 
-def measure(steps, rounds, block, warmup):
-    """Microseconds per step of every candidate in every round, and their ratios."""
+def take_turns(steps, rounds, block, warmup, clock=time.perf_counter):
+    """Microseconds per step of every candidate in every round."""
     for step in steps.values():
         for _ in range(warmup):
             step()
@@ -35,11 +35,17 @@ def measure(steps, rounds, block, warmup):
     for turn in range(rounds):
         # Another order each round: nobody always runs after the same neighbour.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
+            start = clock()
             for _ in range(block):
                 steps[name]()
-            times[name].append((time.perf_counter() - start) / block * 1e6)
-    plain = times[names[0]]
+            times[name].append((clock() - start) / block * 1e6)
+    return times
+
+
+def measure(steps, rounds, block, warmup):
+    """Microseconds per step of every candidate, and its ratio to the first one."""
+    times = take_turns(steps, rounds, block, warmup)
+    plain = next(iter(times.values()))
     return {
         name: {
             "microseconds": statistics.median(values),

@@ -1,10 +1,12 @@
-"""One training step of the digits VAE in NumPyro and in plain JAX.
+"""One training step of a VAE in NumPyro and in plain JAX, the digits' one by default.
 
 `steps` returns callables that each run one whole compiled step: batch in, gradients,
 update of Adam. All of them train the same networks on the same objective.
 """
 
+import importlib.util
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,13 @@ import numpyro.distributions as dist
 import optax
 from flax import nnx
 from numpyro.contrib.module import nnx_module
-from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
+from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO
+from sizes import DIGITS
 
 from numpyro_vae_ext import guides
 from numpyro_vae_ext.elbos import ImportanceWeightedELBO
 
-NUM_PIXELS, WIDTH, LATENT_DIM, BATCH = 64, 100, 10, 50
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class MLP(nnx.Module):
@@ -36,13 +39,14 @@ class MLP(nnx.Module):
         return self.layers[-1](x)
 
 
-def _batch():
-    rng = np.random.default_rng(0)
-    return jnp.asarray((rng.random((BATCH, NUM_PIXELS)) < 0.3).astype(np.float32))
+def random_batch(sizes):
+    """One batch of random bits."""
+    bits = np.random.default_rng(0).random((sizes.batch, sizes.num_pixels)) < 0.3
+    return jnp.asarray(bits.astype(np.float32))
 
 
-def plain(num_particles, gradient):
-    """The hand-written step on dictionaries of arrays."""
+def hand_written(sizes=DIGITS):
+    """Parameters, and two functions of them: the encoder's and the joint log-density."""
     rng = np.random.default_rng(0)
 
     def dense(width_in, width_out):
@@ -50,18 +54,17 @@ def plain(num_particles, gradient):
         weight = rng.uniform(-bound, bound, (width_in, width_out)).astype(np.float32)
         return {"w": jnp.asarray(weight), "b": jnp.zeros(width_out)}
 
+    width, latent_dim = sizes.width, sizes.latent_dim
     params = {
-        "encoder": [dense(NUM_PIXELS, WIDTH), dense(WIDTH, WIDTH)],
-        "loc": dense(WIDTH, LATENT_DIM),
-        "log_scale": dense(WIDTH, LATENT_DIM),
+        "encoder": [dense(sizes.num_pixels, width), dense(width, width)],
+        "loc": dense(width, latent_dim),
+        "log_scale": dense(width, latent_dim),
         "decoder": [
-            dense(LATENT_DIM, WIDTH),
-            dense(WIDTH, WIDTH),
-            dense(WIDTH, NUM_PIXELS),
+            dense(latent_dim, width),
+            dense(width, width),
+            dense(width, sizes.num_pixels),
         ],
     }
-    adam = optax.adam(2e-3)
-    half_log_2pi = 0.5 * math.log(2 * math.pi)
 
     def apply(layer, x):
         return x @ layer["w"] + layer["b"]
@@ -80,11 +83,19 @@ def plain(num_particles, gradient):
         logits = apply(decoder[-1], hidden)
         # Written out, because jax.nn.softplus takes several times as long on a CPU.
         softplus = jnp.maximum(logits, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(logits)))
-        return (x * logits - softplus).sum(-1) + (-0.5 * z * z - half_log_2pi).sum(-1)
+        return (x * logits - softplus).sum(-1) + (-0.5 * z * z - HALF_LOG_2PI).sum(-1)
+
+    return params, encode, log_joint
+
+
+def plain(num_particles, gradient, sizes=DIGITS):
+    """The hand-written step on dictionaries of arrays."""
+    params, encode, log_joint = hand_written(sizes)
+    adam = optax.adam(2e-3)
 
     def reparam(params, noise, x):
         z, _, log_scale = encode(params, noise, x)
-        log_q = (-0.5 * noise * noise - log_scale - half_log_2pi).sum(-1)
+        log_q = (-0.5 * noise * noise - log_scale - HALF_LOG_2PI).sum(-1)
         log_w = log_joint(params["decoder"], z, x) - log_q
         if num_particles == 1:
             return -log_w.sum()
@@ -98,7 +109,7 @@ def plain(num_particles, gradient):
 
         def log_weight(decoder, z):
             standard = (z - loc) * jnp.exp(-log_scale)
-            log_q = (-0.5 * standard * standard - log_scale - half_log_2pi).sum(-1)
+            log_q = (-0.5 * standard * standard - log_scale - HALF_LOG_2PI).sum(-1)
             return log_joint(decoder, z, x) - log_q
 
         log_w, pull = jax.vjp(log_weight, params["decoder"], z)
@@ -117,7 +128,8 @@ def plain(num_particles, gradient):
     def update(state, x):
         params, optim_state, key = state
         key, draw = jax.random.split(key)
-        shape = (BATCH, LATENT_DIM) if num_particles == 1 else (num_particles, BATCH, LATENT_DIM)
+        shape = (sizes.batch, sizes.latent_dim)
+        shape = shape if num_particles == 1 else (num_particles, *shape)
         loss, grads = value_and_grad(params, jax.random.normal(draw, shape), x)
         updates, optim_state = adam.update(grads, optim_state, params)
         return (optax.apply_updates(params, updates), optim_state, key), loss
@@ -125,17 +137,17 @@ def plain(num_particles, gradient):
     return update, (params, adam.init(params), jax.random.key(0))
 
 
-def svi(elbo, family="MeanField"):
-    """Update and state of the host's SVI."""
-    rngs = nnx.Rngs(0)
-    encoder = MLP(NUM_PIXELS, WIDTH, WIDTH, rngs=rngs)
-    decoder = MLP(LATENT_DIM, WIDTH, WIDTH, NUM_PIXELS, rngs=rngs)
-    posterior = getattr(guides, family)(LATENT_DIM, context_dim=WIDTH, rngs=rngs)
+def program(sizes=DIGITS, family="MeanField"):
+    """Model and guide."""
+    rngs, width, latent_dim = nnx.Rngs(0), sizes.width, sizes.latent_dim
+    encoder = MLP(sizes.num_pixels, width, width, rngs=rngs)
+    decoder = MLP(latent_dim, width, width, sizes.num_pixels, rngs=rngs)
+    posterior = getattr(guides, family)(latent_dim, context_dim=width, rngs=rngs)
 
     def model(x):
         decode = nnx_module("decoder", decoder)
         with numpyro.plate("data", len(x)):
-            z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([LATENT_DIM]).to_event(1))
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([latent_dim]).to_event(1))
             numpyro.sample("x", dist.Bernoulli(logits=decode(z)).to_event(1), obs=x)
 
     def guide(x):
@@ -144,42 +156,81 @@ def svi(elbo, family="MeanField"):
         with numpyro.plate("data", len(x)):
             draw("z", jnp.tanh(encode(x - 0.3)))
 
-    host = SVI(model, guide, optax.adam(2e-3), elbo)
-    return host.update, host.init(jax.random.key(0), _batch())
+    return model, guide
 
 
-def steps(num_particles, gradient, hosts=True, scan=1):
+def svi(elbo, sizes=DIGITS, family="MeanField"):
+    """Update and state of the host's SVI."""
+    host = SVI(*program(sizes, family), optax.adam(2e-3), elbo)
+    return host.update, host.init(jax.random.key(0), random_batch(sizes))
+
+
+def compiled(elbo, sizes=DIGITS):
+    """Update, already compiled, and state of the host's SVI."""
+    from numpyro_vae_ext import training
+
+    host = training.compile(SVI(*program(sizes), optax.adam(2e-3), elbo))
+    return host.update, host.init(jax.random.key(0), random_batch(sizes))
+
+
+def missing():
+    """Candidates that this checkout cannot make."""
+    return [] if importlib.util.find_spec("numpyro_vae_ext.training") else ["vae-ext, compiled"]
+
+
+def makers(num_particles, gradient, sizes=DIGITS, hosts=True, compiler=None):
+    """Functions that make update and state of each candidate, by name.
+
+    Args:
+        num_particles: particles of the bound.
+        gradient: gradient of the bound.
+        sizes: sizes of networks and batch.
+        hosts: whether to add the host's own objectives.
+        compiler: whether to add the step that `training.compile` makes.
+    """
+    options = {"num_particles": num_particles, "gradient": gradient}
+    made = {
+        "plain JAX": partial(plain, **options, sizes=sizes),
+        "vae-ext, SVI": lambda: svi(ImportanceWeightedELBO(**options), sizes),
+    }
+    if compiler and not missing():
+        made["vae-ext, compiled"] = lambda: compiled(ImportanceWeightedELBO(**options), sizes)
+    if hosts:
+        host = {"num_particles": num_particles}
+        made["Trace_ELBO, SVI"] = lambda: svi(Trace_ELBO(**host), sizes)
+        made["TraceGraph_ELBO, SVI"] = lambda: svi(TraceGraph_ELBO(**host), sizes)
+        made["RenyiELBO, SVI"] = lambda: svi(RenyiELBO(alpha=0, **host), sizes)
+    return made
+
+
+def steps(num_particles, gradient, sizes=DIGITS, names=None, scan=1, **options):
     """Named steps, each a callable without arguments.
 
     Args:
         num_particles: particles of the bound.
         gradient: gradient of the bound.
-        hosts: whether to add the host's own objectives.
+        sizes: sizes of networks and batch.
+        names: candidates to make; None for all of them.
         scan: steps that one call runs, in one compiled scan if more than 1.
+        options: options of `makers`.
     """
     numpyro.enable_validation(False)
-    options = {"num_particles": num_particles, "gradient": gradient}
-    candidates = {
-        "plain JAX": plain(**options),
-        "vae-ext, SVI": svi(ImportanceWeightedELBO(**options)),
-    }
-    if hosts:
-        candidates["Trace_ELBO, SVI"] = svi(Trace_ELBO(num_particles=num_particles))
-        if num_particles > 1:
-            candidates["RenyiELBO, SVI"] = svi(RenyiELBO(alpha=0, num_particles=num_particles))
-    return _compiled(candidates, scan)
+    made = makers(num_particles, gradient, sizes, **options)
+    candidates = {name: make() for name, make in made.items() if names is None or name in names}
+    return _compiled(candidates, scan, sizes)
 
 
 def families(names, num_particles, gradient):
     """Steps of the guide families in the host's SVI, named by family."""
     numpyro.enable_validation(False)
     options = {"num_particles": num_particles, "gradient": gradient}
-    return _compiled({name: svi(ImportanceWeightedELBO(**options), name) for name in names}, 1)
+    made = {name: svi(ImportanceWeightedELBO(**options), family=name) for name in names}
+    return _compiled(made, 1, DIGITS)
 
 
-def _compiled(candidates, scan):
+def _compiled(candidates, scan, sizes):
     """Callables that run `scan` steps of each candidate `(update, state)`."""
-    batch = _batch()
+    batch = random_batch(sizes)
 
     def bind(update, state):
         def many(state, x):
@@ -187,7 +238,8 @@ def _compiled(candidates, scan):
                 return update(state, x)
             return jax.lax.scan(lambda s, _: update(s, x), state, length=scan)
 
-        compiled = jax.jit(many, donate_argnums=0)
+        own = hasattr(getattr(update, "__self__", None), "svi")
+        compiled = update if own else jax.jit(many, donate_argnums=0)
         # The state is donated, and states of different candidates may share arrays.
         holder = [jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)]
 
@@ -195,6 +247,13 @@ def _compiled(candidates, scan):
             holder[0], loss = compiled(holder[0], batch)
             return jax.block_until_ready(loss)
 
+        def memory():
+            """Bytes that XLA plans for one call beside its arguments and results."""
+            analysis = compiled.lower(holder[0], batch).compile().memory_analysis()
+            return analysis.temp_size_in_bytes
+
+        if not own:
+            step.memory = memory
         return step
 
     return {name: bind(*candidate) for name, candidate in candidates.items()}

@@ -1,49 +1,58 @@
-"""One training step of the digits VAE in Pyro and in plain PyTorch.
+"""One training step of a VAE in Pyro and in plain PyTorch, the digits' one by default.
 
 `steps` returns callables that each run one whole step: batch in, gradients, update of
 Adam. All of them train the same networks on the same objective.
 """
 
+import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from pyro.infer import SVI, RenyiELBO, Trace_ELBO
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO
+from sizes import DIGITS
 from torch import nn
 
 from pyro_vae_ext import guides
 from pyro_vae_ext.elbos import ImportanceWeightedELBO
 
-NUM_PIXELS, WIDTH, LATENT_DIM, BATCH = 64, 100, 10, 50
+# Each candidate has its own names in the parameter store, where equal names share parameters.
+_COUNT = itertools.count()
 
 
-def _networks():
+def networks(sizes):
+    """Encoder, without the heads of the posterior, and decoder."""
     torch.manual_seed(0)
+    width = sizes.width
     encoder = nn.Sequential(
-        nn.Linear(NUM_PIXELS, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh()
+        nn.Linear(sizes.num_pixels, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()
     )
     decoder = nn.Sequential(
-        nn.Linear(LATENT_DIM, WIDTH),
+        nn.Linear(sizes.latent_dim, width),
         nn.Tanh(),
-        nn.Linear(WIDTH, WIDTH),
+        nn.Linear(width, width),
         nn.Tanh(),
-        nn.Linear(WIDTH, NUM_PIXELS),
+        nn.Linear(width, sizes.num_pixels),
     )
     return encoder, decoder
 
 
-def _batch():
-    rng = np.random.default_rng(0)
-    return torch.from_numpy((rng.random((BATCH, NUM_PIXELS)) < 0.3).astype(np.float32))
+def random_batch(sizes):
+    """One batch of random bits."""
+    bits = np.random.default_rng(0).random((sizes.batch, sizes.num_pixels)) < 0.3
+    return torch.from_numpy(bits.astype(np.float32))
 
 
-def _program(register, family="MeanField"):
-    encoder, decoder = _networks()
-    posterior = getattr(guides, family)(LATENT_DIM, context_dim=WIDTH)
-    prior = dist.Normal(torch.zeros(LATENT_DIM), torch.ones(LATENT_DIM)).to_event(1)
+def program(register, sizes=DIGITS, family="MeanField"):
+    """Model, guide and their modules."""
+    encoder, decoder = networks(sizes)
+    posterior = getattr(guides, family)(sizes.latent_dim, context_dim=sizes.width)
+    zeros = torch.zeros(sizes.latent_dim)
+    prior = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
 
     def model(x):
         register("decoder", decoder)
@@ -60,15 +69,23 @@ def _program(register, family="MeanField"):
     return model, guide, nn.ModuleList([encoder, posterior, decoder])
 
 
-def plain(num_particles, gradient):
-    """The hand-written step: no trace, no plates, one Adam over all parameters."""
-    encoder, decoder = _networks()
-    loc_head, scale_head = nn.Linear(WIDTH, LATENT_DIM), nn.Linear(WIDTH, LATENT_DIM)
+def plain(num_particles, gradient, sizes=DIGITS, compiler=None, fused=None):
+    """The hand-written step: no trace, no plates, one Adam over all parameters.
+
+    Args:
+        num_particles: particles of the bound.
+        gradient: gradient of the bound.
+        sizes: sizes of networks and batch.
+        compiler: backend of `torch.compile` for the loss, None for an eager one.
+        fused: whether Adam is PyTorch's fused one.
+    """
+    encoder, decoder = networks(sizes)
+    loc_head, scale_head = (nn.Linear(sizes.width, sizes.latent_dim) for _ in range(2))
     modules = nn.ModuleList([encoder, loc_head, scale_head, decoder])
-    adam = torch.optim.Adam(modules.parameters(), lr=2e-3)
+    adam = torch.optim.Adam(modules.parameters(), lr=2e-3, fused=fused)
     half_log_2pi = 0.5 * math.log(2 * math.pi)
 
-    def step(x):
+    def loss_of(x):
         hidden = encoder(x - 0.3)
         loc, log_scale = loc_head(hidden), scale_head(hidden)
         shape = (num_particles, *loc.shape) if num_particles > 1 else loc.shape
@@ -93,6 +110,13 @@ def plain(num_particles, gradient):
             if gradient == "dreg":
                 weight = log_w.detach().softmax(0).unsqueeze(-1)
                 z.register_hook(lambda grad: grad * weight)
+        return loss
+
+    if compiler:
+        loss_of = torch.compile(loss_of, backend=compiler, dynamic=False)
+
+    def step(x):
+        loss = loss_of(x)
         loss.backward()
         adam.step()
         adam.zero_grad()
@@ -101,15 +125,29 @@ def plain(num_particles, gradient):
     return step
 
 
-def svi(elbo, family="MeanField"):
-    """A step of the host's SVI, with the host's Adam."""
-    model, guide, _ = _program(pyro.module, family)
-    return SVI(model, guide, pyro.optim.Adam({"lr": 2e-3}), elbo).step
+def host_svi(elbo, sizes=DIGITS):
+    """The host's SVI, with the host's Adam."""
+    count = next(_COUNT)
+    model, guide, _ = program(lambda name, net: pyro.module(f"{name}{count}", net), sizes)
+    return SVI(model, guide, pyro.optim.Adam({"lr": 2e-3}), elbo)
 
 
-def module(elbo, family="MeanField"):
+def svi(elbo, sizes=DIGITS):
+    """A step of the host's SVI."""
+    return host_svi(elbo, sizes).step
+
+
+def compiled(elbo, sizes=DIGITS, backend="inductor"):
+    """A compiled step of the host's SVI."""
+    from pyro_vae_ext import training
+
+    step = training.compile(host_svi(elbo, sizes), backend=backend).step
+    return lambda x: step(x).item()
+
+
+def module(elbo, sizes=DIGITS, family="MeanField"):
     """The loss as a module, outside the parameter store, with one Adam of PyTorch."""
-    model, guide, modules = _program(lambda name, module: None, family)
+    model, guide, modules = program(lambda name, net: None, sizes, family)
     loss_module = elbo(model, guide)
     adam = torch.optim.Adam(modules.parameters(), lr=2e-3)
 
@@ -123,31 +161,72 @@ def module(elbo, family="MeanField"):
     return step
 
 
-def steps(num_particles, gradient, hosts=True):
-    """Named steps, each a callable without arguments."""
-    pyro.clear_param_store()
-    pyro.enable_validation(False)
-    torch.set_num_threads(1)
+def missing():
+    """Candidates that this checkout cannot make."""
+    try:
+        from pyro_vae_ext import training
+    except ImportError:
+        return ["vae-ext, compiled"]
+    return [] if callable(getattr(training, "compile", None)) else ["vae-ext, compiled"]
+
+
+def makers(num_particles, gradient, sizes=DIGITS, hosts=True, compiler=None):
+    """Functions that make the steps, by name.
+
+    Args:
+        num_particles: particles of the bound.
+        gradient: gradient of the bound.
+        sizes: sizes of networks and batch.
+        hosts: whether to add the host's own objectives.
+        compiler: whether to add the compiled steps, and with which of the compilers that
+            `training.compile` knows, `"inductor"` or `"fx"`.
+    """
     options = {"num_particles": num_particles, "gradient": gradient}
-    candidates = {
-        "plain PyTorch": plain(**options),
-        "vae-ext, SVI": svi(ImportanceWeightedELBO(**options)),
-        "vae-ext, module": module(ImportanceWeightedELBO(**options)),
+    hand = partial(plain, **options, sizes=sizes)
+    made = {
+        "plain PyTorch": hand,
+        "vae-ext, SVI": lambda: svi(ImportanceWeightedELBO(**options), sizes),
+        "vae-ext, module": lambda: module(ImportanceWeightedELBO(**options), sizes),
     }
+    if compiler:
+        torchs = "inductor" if compiler == "inductor" else "eager"
+        made["torch.compile"] = partial(hand, compiler=torchs)
+        made["torch.compile, fused Adam"] = partial(hand, compiler=torchs, fused=True)
+    if compiler and not missing():
+        made["vae-ext, compiled"] = lambda: compiled(
+            ImportanceWeightedELBO(**options), sizes, compiler
+        )
     if hosts:
         host = {"num_particles": num_particles, "vectorize_particles": num_particles > 1}
         if num_particles > 1:
             host["max_plate_nesting"] = 1
-        candidates["Trace_ELBO, SVI"] = svi(Trace_ELBO(**host))
-        candidates["Trace_ELBO, module"] = module(Trace_ELBO(**host))
-        if num_particles > 1:
-            candidates["RenyiELBO, SVI"] = svi(RenyiELBO(alpha=0, **host))
-    batch = _batch()
+        made["Trace_ELBO, SVI"] = lambda: svi(Trace_ELBO(**host), sizes)
+        made["Trace_ELBO, module"] = lambda: module(Trace_ELBO(**host), sizes)
+        made["TraceGraph_ELBO, SVI"] = lambda: svi(TraceGraph_ELBO(**host), sizes)
+        made["RenyiELBO, SVI"] = lambda: svi(RenyiELBO(alpha=0, **host), sizes)
+    return made
+
+
+def steps(num_particles, gradient, sizes=DIGITS, names=None, **options):
+    """Named steps, each a callable without arguments.
+
+    Args:
+        num_particles: particles of the bound.
+        gradient: gradient of the bound.
+        sizes: sizes of networks and batch.
+        names: candidates to make; None for all of them.
+        options: options of `makers`.
+    """
+    pyro.clear_param_store()
+    pyro.enable_validation(False)
+    torch.set_num_threads(1)
+    batch = random_batch(sizes)
+    made = makers(num_particles, gradient, sizes, **options)
 
     def bind(step):
         return lambda: step(batch)
 
-    return {name: bind(step) for name, step in candidates.items()}
+    return {name: bind(make()) for name, make in made.items() if names is None or name in names}
 
 
 def families(names, num_particles, gradient):
@@ -155,10 +234,10 @@ def families(names, num_particles, gradient):
     pyro.clear_param_store()
     pyro.enable_validation(False)
     torch.set_num_threads(1)
-    batch = _batch()
+    batch = random_batch(DIGITS)
 
     def bind(name):
-        step = module(ImportanceWeightedELBO(num_particles, gradient=gradient), name)
+        step = module(ImportanceWeightedELBO(num_particles, gradient=gradient), family=name)
         return lambda: step(batch)
 
     return {name: bind(name) for name in names}

@@ -111,15 +111,29 @@ class FlowDistribution(dist.Distribution):
         :math:`l + u^\top (z - f(\epsilon))`. Its value is :math:`l`, its derivative in
         :math:`z` is :math:`u`, and its derivative in a parameter is
         :math:`\partial l - u^\top \partial f`, which is that of :math:`\log q(z)` at fixed
-        :math:`z`. The cost is one forward pass and one :meth:`Transform.score`.
+        :math:`z`. The cost is one forward pass and, where a derivative is taken, one
+        :meth:`Transform.score`.
 
         References:
             Vaitl, Nicoli, Nakajima and Kessel, 2022, arXiv:2206.09016, sec. 3.
         """
         noise = lax.stop_gradient(noise)
         reached, terms = self.transform.forward(noise)
-        slope = lax.stop_gradient(lax.stop_gradient(self.transform).score(noise))
-        return terms + (value - reached) * slope
+        return terms + _along_score(value - reached, lax.stop_gradient(self.transform), noise)
+
+
+@jax.custom_jvp
+def _along_score(gap: jax.Array, transform: Transform, noise: jax.Array) -> jax.Array:
+    """Zeros, whose derivative in ``gap`` is the score: it is computed for a derivative only."""
+    return jnp.zeros_like(gap)
+
+
+@_along_score.defjvp
+def _along_score_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    gap, transform, noise = primals
+    # `transform` and `noise` are constants to every caller, and have no tangents.
+    slope = lax.stop_gradient(transform.score(noise))
+    return jnp.zeros_like(gap), tangents[0] * slope
 
 
 class MaskedFlow(dist.MaskedDistribution):

@@ -180,8 +180,10 @@ class _Steps(Transform):
         """One update of ``z``, and the logarithm of its diagonal derivative."""
         shift, raw = outputs[..., 0, :], outputs[..., 1, :]
         if self.family.update == "gated":
-            gate = jax.nn.sigmoid(raw + _GATE_BIAS)
-            return shift + gate * (z - shift), jax.nn.log_sigmoid(raw + _GATE_BIAS)
+            logits = raw + _GATE_BIAS
+            # Written out: a step with the gradient of jax.nn.log_sigmoid takes 1.6 times as long.
+            log_gate = jnp.minimum(logits, 0.0) - jnp.log1p(jnp.exp(-jnp.abs(logits)))
+            return shift + jax.nn.sigmoid(logits) * (z - shift), log_gate
         log_scale = _LOG_SCALE_BOUND * jnp.tanh(raw / _LOG_SCALE_BOUND)
         return jnp.exp(log_scale) * z + shift, log_scale
 

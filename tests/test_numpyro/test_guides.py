@@ -261,6 +261,27 @@ def test_masked_rows_score_zero(name: str, case: dict) -> None:
 
 
 @pytest.mark.parametrize(("name", "case"), IAFS)
+def test_a_density_alone_costs_no_score(
+    monkeypatch: pytest.MonkeyPatch, name: str, case: dict
+) -> None:
+    posterior, context = build(name, case)
+    foreign = normal(ROWS, case["latent_dim"], seed=4)
+
+    def total(foreign: jax.Array) -> jax.Array:
+        return posterior.log_prob(foreign, context).sum()
+
+    expected, _ = jax.value_and_grad(total)(foreign)
+
+    def score(self: object, noise: jax.Array) -> jax.Array:
+        raise AssertionError("Expected no score.")
+
+    monkeypatch.setattr("numpyro_vae_ext.guides.iaf._Steps.score", score)
+    np.testing.assert_allclose(total(foreign), expected, rtol=1e-6)
+    with pytest.raises(AssertionError, match="no score"):
+        jax.grad(total)(foreign)
+
+
+@pytest.mark.parametrize(("name", "case"), IAFS)
 def test_inverse_in_many_dimensions(exact: None, name: str, case: dict) -> None:
     posterior = shaken(family(name, **{**case, "latent_dim": 20}), scale=0.1)
     context = None if case["context_dim"] is None else normal(ROWS, case["context_dim"])

@@ -194,6 +194,24 @@ def test_save_and_load(name: str, case: dict, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("name", "case"), IAFS)
+def test_a_density_alone_costs_no_score(
+    exact: None, monkeypatch: pytest.MonkeyPatch, name: str, case: dict
+) -> None:
+    posterior, context = build(name, case)
+    foreign = torch.randn(ROWS, case["latent_dim"])
+    expected = posterior.log_prob(foreign, context).detach()
+
+    def score(self: object, noise: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("Expected no score.")
+
+    monkeypatch.setattr("pyro_vae_ext.guides.iaf._Steps.score", score)
+    with torch.no_grad():
+        np.testing.assert_allclose(posterior.log_prob(foreign, context).cpu(), expected.cpu())
+    with pytest.raises(AssertionError, match="no score"):
+        posterior.log_prob(foreign, context)
+
+
+@pytest.mark.parametrize(("name", "case"), IAFS)
 def test_inverse_in_many_dimensions(exact: None, name: str, case: dict) -> None:
     posterior = shaken(family(name, **{**case, "latent_dim": 40}), 0.02)
     context = None if case["context_dim"] is None else torch.randn(ROWS, case["context_dim"])
