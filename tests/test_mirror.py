@@ -34,7 +34,10 @@ OWN_ARGUMENTS = {
 # What one host has to do by itself: in Pyro tracing, updates and the undoing of steps, in NumPyro
 # programs of many steps.
 OWN_FILES = {
-    PYRO: {f"training/_{name}.py" for name in ("effects", "graph", "state", "steps", "update")},
+    PYRO: {
+        f"training/_{name}.py"
+        for name in ("effects", "graph", "products", "state", "steps", "update")
+    },
     NUMPYRO: {"training/_feeds.py"},
 }
 # A module's call is `forward` for torch.

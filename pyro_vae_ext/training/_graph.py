@@ -31,6 +31,7 @@ from pyro_vae_ext.training._effects import (
     draws,
     foreign_draws,
 )
+from pyro_vae_ext.training._products import reroute
 
 aten = torch.ops.aten
 Function = Callable[..., Any]
@@ -178,6 +179,7 @@ def trace(
 def lower(graph: Graph, tensors: list[Tensor]) -> Function:
     """The graph's function, compiled by inductor."""
     inputs = [*graph.leaves, *tensors, *graph.constants]
+    reroute(graph.run)
     with warnings.catch_warnings(), torch.no_grad():
         # Of torch, about itself.
         warnings.simplefilter("ignore")

@@ -283,6 +283,7 @@ def test_too_many(tmp_path: Path) -> None:
     svi = pair()
     state, metadata, _ = load_checkpoint(path, svi.init(KEY, x, y))
     assert metadata["now"]["step"] == 12 and len(metadata["history"]["skipped"]) == 2
+    assert metadata["now"]["guarded"] is False
     epochs = [reference.batches(np.arange(ROWS), 5)] * 5
     expected = reference.train(np.zeros(DIM), x, y, epochs, reference.adam(lambda step: 0.05))
     np.testing.assert_allclose(svi.get_params(state)["w_loc"], expected["trace"][11], rtol=1e-11)

@@ -19,10 +19,11 @@ from pyro import infer, optim
 from pyro.distributions import constraints
 from test_pyro.models import family
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_vae_ext import elbos, handlers
 from pyro_vae_ext.elbos import ImportanceWeightedELBO
-from pyro_vae_ext.training import _engine, _graph
+from pyro_vae_ext.training import _engine, _graph, _products
 from pyro_vae_ext.training.compile import CompiledSVI, compile
 
 WIDTH, LATENT, ROWS = 5, 3, 7
@@ -782,3 +783,48 @@ def _refused(extra: Any) -> None:
     for _ in range(3):
         svi.step(x, extra)
     assert svi.num_graphs == 0
+
+
+def products(dtype: torch.dtype, rows: int) -> tuple[Any, list[Tensor]]:
+    x, w = torch.randn(rows, 200, dtype=dtype), torch.randn(100, 200, dtype=dtype)
+    b, c = torch.randn(100, dtype=dtype), torch.randn(rows, 100, dtype=dtype)
+
+    def fn(x: Tensor, w: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
+        # A bias, a matrix that is added, none.
+        return [torch.addmm(b, x, w.t()), torch.addmm(c, x, w.t()), (x @ w.t()).t() @ x]
+
+    return fn, [x, w, b, c]
+
+
+@pytest.mark.skipif(not _products.available(), reason="torch was built without oneDNN")
+def test_large_products_are_those_of_the_graph() -> None:
+    """In float32, from a size on; not where a matrix is added."""
+    for dtype, rows, expected in (
+        (torch.float32, 400, 3),
+        (torch.float32, 20, 0),
+        (torch.float64, 400, 0),
+    ):
+        fn, inputs = products(dtype, rows)
+        gm = make_fx(fn)(*inputs)
+        assert _products.reroute(gm) == expected
+        for ours, theirs in zip(gm(*inputs), fn(*inputs), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch, of itself
+@pytest.mark.skipif(not _products.available(), reason="torch was built without oneDNN")
+def test_compiled_step_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the forward and of the backward pass; the compiler itself is left out here."""
+    from torch._inductor import compile_fx
+
+    handed: list[torch.fx.GraphModule] = []
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda gm, inputs, **_: handed.append(gm) or gm)
+    monkeypatch.setattr(_products, "LARGE", 0)
+    torch.set_default_dtype(torch.float32)  # a fixture puts back what it was
+    compiled = compile(svi_of(vae())[0])
+    # The first one makes the parameters.
+    loss = [compiled.step(*batches(ROWS)[0]) for _ in range(2)][-1]
+    assert torch.isfinite(loss) and compiled.num_graphs == 1
+    names = [str(node.target) for node in handed[0].graph.nodes]
+    assert sum("pyro_vae_ext.linear" in name for name in names) > 8
+    assert not any("aten.mm" in name or "aten.addmm" in name for name in names)
