@@ -6,8 +6,9 @@ The bare loop is what one writes by hand: one compiled program with a `lax.scan`
 with a new order of the rows and a `lax.scan` of `svi.update` over its batches, the last one of
 which has fewer rows on the digits. No loss is looked at before its end. `fit` runs the same steps
 in calls of about a thousand; it checks that all numbers are finite and keeps the history. "guarded"
-is `fit` after a step that was not finite, "callbacks" is `fit` with a function called at every
-epoch, and "streamed" `fit` with `resident=False`. Compilation is not part of any.
+is `fit` after a gradient that was not finite, when it looks at each, "callbacks" is `fit` with a
+function called at every epoch, and "streamed" `fit` with `resident=False`. Compilation is not part
+of any.
 
 Both train the same networks with Adam and `ImportanceWeightedELBO` at one particle, in one thread.
 The candidates take turns; a ratio is the median, over the rounds, of a candidate's time over that

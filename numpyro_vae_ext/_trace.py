@@ -37,7 +37,6 @@ from numpyro_vae_ext._record import (
     scaled,
 )
 
-
 # Numbers that one site of a chunk of samples may have: 64 MiB in single precision.
 MOST_NUMBERS = 2**24
 

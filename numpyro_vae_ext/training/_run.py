@@ -163,13 +163,13 @@ class Run:
         run = functools.partial(self.feed.run, self.state, chunk, stop=chunk.last)
         state, losses, fine = run(guarded=now["guarded"])
         if not (fine or now["guarded"]):
-            # From the same start, and with the guard from now on.
+            # From the same start, and with the whole guard from now on.
             now["guarded"] = True
-            state, losses, fine = run(guarded=True)
+            state, losses, _ = run(guarded=True)
         values = np.asarray(losses, float)[: len(chunk.rows)]
         seconds = time.perf_counter() - start
         error = None
-        if not fine:
+        if np.isnan(values).any():
             stop, error = self._name_skipped(chunk, np.isnan(values))
             if stop is not None:
                 state, chunk = stop[0], chunk.until(stop[1])
@@ -189,8 +189,9 @@ class Run:
             Where the training ends, and the error that ends it, if those steps are too many.
         """
         state, at, limit = self.state, chunk.first, self.options.max_skipped
+        run = functools.partial(self.feed.run, guarded=self.now["guarded"])
         for step in (chunk.first + np.flatnonzero(skipped)).tolist():
-            state, _, _ = self.feed.run(state, chunk, start=at, stop=step, guarded=True)
+            state, _, _ = run(state, chunk, start=at, stop=step)
             at = step
             site, reason = self.engine.blame(state, self.feed.batch(chunk, step), step)
             where = "" if site is None else f" at site '{site}'"
