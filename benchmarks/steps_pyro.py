@@ -220,6 +220,8 @@ def steps(num_particles, gradient, sizes=DIGITS, names=None, **options):
     pyro.clear_param_store()
     pyro.enable_validation(False)
     torch.set_num_threads(1)
+    # torch.compile gives a function up after eight sizes.
+    torch.compiler.reset()
     batch = random_batch(sizes)
     made = makers(num_particles, gradient, sizes, **options)
 

@@ -39,6 +39,8 @@ from numpyro_vae_ext._record import (
 
 # Numbers that one site of a chunk of samples may have: 64 MiB in single precision.
 MOST_NUMBERS = 2**24
+# Those that it has at a time: more of them do not fit into the caches of a CPU.
+NUMBERS_AT_A_TIME = {"cpu": 2**19}
 
 
 @jax.tree_util.register_dataclass
@@ -302,16 +304,21 @@ def layout(rng_key: jax.Array, params: Params, pair: Pair) -> LogWeights:
     return jax.eval_shape(lambda: run(rng_key, shared_key(rng_key), params, pair))
 
 
-def chunk_size(rng_key: jax.Array, params: Params, pair: Pair) -> int:
-    """Samples to run at a time: few enough that each site's values fit into memory many times."""
+def chunk_sizes(rng_key: jax.Array, params: Params, pair: Pair) -> tuple[int, int]:
+    """Samples of one call, and of these the samples side by side.
+
+    Of the first so few that each site's values fit into memory many times, of the second as many
+    as keep a device busy.
+    """
 
     def values() -> list[jax.Array]:
         modelled, drawn = pair_sites(rng_key, shared_key(rng_key), params, pair)
         sites = (*modelled.values(), *drawn.values())
         return [jnp.broadcast_to(site["value"], site["fn"].shape()) for site in sites]
 
-    widest = max((value.size for value in jax.eval_shape(values)), default=1)
-    return max(1, min(100, MOST_NUMBERS // max(1, widest)))
+    widest = max(1, *(value.size for value in jax.eval_shape(values)))
+    at_a_time = NUMBERS_AT_A_TIME.get(jax.default_backend(), MOST_NUMBERS)
+    return max(1, min(100, MOST_NUMBERS // widest)), max(1, at_a_time // widest)
 
 
 def _plates(site: Any) -> Plates:

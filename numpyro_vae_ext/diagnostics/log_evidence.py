@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import random
+from jax import lax, random
 from jax.scipy.special import logsumexp
 from tqdm.auto import tqdm
 
@@ -79,16 +79,18 @@ def log_evidence(
     """
     positive_int("num_samples", num_samples)
     pair = _trace.Pair(model, guide, args, kwargs)
-    if chunk_size is None:
-        chunk_size = _trace.chunk_size(rng_key, params, pair)
-    size = min(num_samples, positive_int("chunk_size", chunk_size))
+    most, side_by_side = _trace.chunk_sizes(rng_key, params, pair)
+    size = min(num_samples, most if chunk_size is None else positive_int("chunk_size", chunk_size))
     shape = _trace.layout(rng_key, params, pair).value
     plate_key = _trace.shared_key(rng_key)
 
     def add(
         pair: _trace.Pair, params: Any, total: jax.Array, keys: jax.Array, start: jax.Array
     ) -> jax.Array:
-        runs = jax.vmap(lambda key: _trace.run(key, plate_key, params, pair).value)(keys)
+        def run(key: jax.Array) -> jax.Array:
+            return _trace.run(key, plate_key, params, pair).value
+
+        runs = lax.map(run, keys, batch_size=min(size, side_by_side))
         # The last chunk is as long as the others, so that there is one program; its rest is void.
         kept = start + jnp.arange(size) < num_samples
         void = jnp.where(kept, 0.0, -jnp.inf).reshape(-1, *(1,) * total.ndim)

@@ -125,10 +125,16 @@ def test_log_evidence_bounds_its_memory_by_itself(
     widest = x.size
     for most, expected in ((2**24, 100), (3 * widest + 1, 3), (widest - 1, 1)):
         monkeypatch.setattr(_trace, "MOST_NUMBERS", most)
-        assert _trace.chunk_size(KEY, params, _trace.Pair(model, guide, (x,), {})) == expected
+        pair_ = _trace.Pair(model, guide, (x,), {})
+        assert _trace.chunk_sizes(KEY, params, pair_)[0] == expected
     monkeypatch.setattr(_trace, "MOST_NUMBERS", 3 * widest)
-    log_evidence(KEY, model, guide, x, params=params, num_samples=7)
-    assert "| 3/3 [" in capsys.readouterr().err
+    found = []
+    for at_a_time, side_by_side in ((2 * widest, 2), (1, 1), (2**30, 2**30 // widest)):
+        monkeypatch.setattr(_trace, "NUMBERS_AT_A_TIME", {jax.default_backend(): at_a_time})
+        assert _trace.chunk_sizes(KEY, params, pair_)[1] == side_by_side
+        found.append(log_evidence(KEY, model, guide, x, params=params, num_samples=7))
+        assert "| 3/3 [" in capsys.readouterr().err
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES["diagnostics"]["active_units"])
