@@ -52,7 +52,7 @@ def steps(run, path):
     axes.set_xticks(range(len(cells)), [f"{model}\nK = {k}" for model, k in cells])
     axes.set_ylabel(f"time over {names[0]}")
     axes.set_title(f"{NAMES[run['backend']]}: one training step")
-    axes.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    axes.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return save(figure, path)
 
 
