@@ -188,9 +188,14 @@ def lower(graph: Graph, tensors: list[Tensor]) -> Function:
         from torch._inductor.compile_fx import compile_fx
         from torch._inductor.decomposition import select_decomp_table
 
+        from torch._inductor.lowering import lowerings, make_fallback
+
         # The host's draws, in the host's order: no draw is made of others.
         with config.patch(fallback_random=True):
             table = {op: fn for op, fn in select_decomp_table().items() if not draws(op)}
+            for op in select_decomp_table().keys() - table.keys() - lowerings.keys():
+                # Ready-made: where a variable CI is set, making it late is an error.
+                make_fallback(op, warn=False, override_decomp=True)
             compiled: Any = compile_fx(graph.run, inputs, decompositions=table)
     return compiled
 
