@@ -187,7 +187,6 @@ def lower(graph: Graph, tensors: list[Tensor]) -> Function:
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
         from torch._inductor.decomposition import select_decomp_table
-
         from torch._inductor.lowering import lowerings, make_fallback
 
         # The host's draws, in the host's order: no draw is made of others.

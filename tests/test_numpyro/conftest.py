@@ -26,6 +26,15 @@ def jax_defaults(dtype: str, device: str) -> Iterator[None]:
         jax.config.update(name, value)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fresh_caches() -> Iterator[None]:
+    """JAX keeps no program beyond the 8192nd of a process: `_cache_size` would be 0 from there."""
+    import jax
+
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def exact(dtype: str) -> None:
     """For tests whose tolerance is that of float64."""
