@@ -28,6 +28,7 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # a result's attributes are members as well
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Shape"]
 
