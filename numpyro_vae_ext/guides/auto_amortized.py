@@ -14,13 +14,14 @@ from numpyro import handlers
 from numpyro.contrib.module import nnx_module
 from numpyro.infer.initialization import init_to_median
 
-from numpyro_vae_ext.guides._auto import AUXILIARY, FamilyGuide, Latents, Site, Values
+from numpyro_vae_ext.guides._auto import AUXILIARY, Latents, Site, Values
 from numpyro_vae_ext.guides._base import GuideFamily
+from numpyro_vae_ext.guides._queries import QueriedGuide
 from numpyro_vae_ext.guides.auto_posterior import AutoPosterior
 from numpyro_vae_ext.guides.iaf import IAF
 
 
-class AutoAmortized(FamilyGuide):
+class AutoAmortized(QueriedGuide):
     r"""A guide whose local latents come from an encoder, row by row.
 
     The continuous latent sites inside ``plate`` are local: :math:`z_n` stands for all of them in

@@ -14,12 +14,13 @@ from jax import lax
 from numpyro.contrib.module import nnx_module
 from numpyro.infer.initialization import init_to_median
 
-from numpyro_vae_ext.guides._auto import AUXILIARY, FamilyGuide, Latents, Site
+from numpyro_vae_ext.guides._auto import AUXILIARY, Latents, Site
 from numpyro_vae_ext.guides._base import GuideFamily
+from numpyro_vae_ext.guides._queries import QueriedGuide
 from numpyro_vae_ext.guides.iaf import IAF
 
 
-class AutoPosterior(FamilyGuide):
+class AutoPosterior(QueriedGuide):
     r"""A guide for all continuous latent sites of a model, jointly, with any family.
 
     The sites are unconstrained by ``biject_to``, flattened and put side by side into one vector

@@ -18,17 +18,15 @@ from typing import Any, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.nn import PyroModule
-from pyro.ops.stats import quantile
 from torch import Tensor
 from torch.distributions import biject_to, register_kl
 
-from pyro_vae_ext._checks import distribution_name, positive_int
+from pyro_vae_ext._checks import distribution_name
 
 # What a copy shares with its original; none of it is changed in place.
 _SHARED = ("prototype_trace", "_prototype_frames", "_sites", "_found", "plates")
@@ -192,69 +190,6 @@ class FamilyGuide(AutoGuide):
                     stack.enter_context(plates[frame.name])
                 result[site.name] = pyro.sample(site.name, fn)
         return result
-
-    def sample_posterior(
-        self, *args: Any, sample_shape: Sequence[int] = (), **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Draw from the guide, with the arguments of the model and without a gradient.
-
-        Returns:
-            Constrained draws ``(*sample_shape, *site)`` by site; of a subsampled plate the rows
-            of one subsample.
-        """
-        draws = self._draw(tuple(sample_shape), args, kwargs)
-        return {site.name: site.transform(value) for site, value in draws}
-
-    def median(self, *args: Any, num_samples: int = 10_000, **kwargs: Any) -> dict[str, Tensor]:
-        """Median of every unconstrained number, mapped to the support, by Monte Carlo.
-
-        Returns:
-            Constrained values of the shape of the site, by site: a simplex is one.
-        """
-        draws = self._draw((positive_int("num_samples", num_samples),), args, kwargs)
-        return {site.name: site.transform(value.quantile(0.5, 0)) for site, value in draws}
-
-    def quantiles(
-        self, quantiles: Any, *args: Any, num_samples: int = 10_000, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Quantiles of the marginals of every latent site, by Monte Carlo.
-
-        Args:
-            quantiles: A number between 0 and 1, or a list of them.
-            args: Positional arguments of the model.
-            num_samples: Number of draws, all of them in memory at once.
-            kwargs: Keyword arguments of the model.
-
-        Returns:
-            Quantiles of the constrained values, ``(*quantiles.shape, *site)``, by site.
-        """
-        shape = (positive_int("num_samples", num_samples),)
-        result = {}
-        for site, draws in self._draw(shape, args, kwargs):
-            levels = torch.as_tensor(quantiles, dtype=draws.dtype, device=draws.device)
-            result[site.name] = quantile(site.transform(draws), levels)
-        return result
-
-    @torch.no_grad()
-    def _draw(
-        self, sample_shape: tuple[int, ...], args: tuple, kwargs: dict
-    ) -> list[tuple[Site, Tensor]]:
-        """Unconstrained draws ``(*sample_shape, *site)`` of every site."""
-        with poutine.block(), self._pyro_context:
-            # The plates of a list's part are those of the list.
-            master = self if self.master is None else self.master()
-            if master is not self and master.prototype_trace is None:
-                master._setup_prototype(*args, **kwargs)
-            self._prepare(args, kwargs)
-            plates = master._create_plates(*args, **kwargs)
-            sites = [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
-            depth = max(site["value"].dim() - site["fn"].event_dim for site in sites)
-            draws = []
-            with pyro.plate("_draws", math.prod(sample_shape), dim=-1 - depth):
-                for site, value, _ in self._latents(plates, args, kwargs):
-                    own = value.shape[value.dim() - len(site.batch + site.event) :]
-                    draws.append((site, value.reshape(sample_shape + tuple(own))))
-        return draws
 
     def __getstate__(self) -> dict[str, Any]:
         # The host's drops the model and the master from the guide itself, too.

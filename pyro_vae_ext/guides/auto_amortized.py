@@ -11,13 +11,13 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor
 
 from pyro_vae_ext.guides._auto import (
-    FamilyGuide,
     Site,
     latent_sites,
     split,
 )
 from pyro_vae_ext.guides._base import GuideFamily
 from pyro_vae_ext.guides._hierarchy import AUXILIARY, built
+from pyro_vae_ext.guides._queries import QueriedGuide
 from pyro_vae_ext.guides.auto_posterior import AutoPosterior
 from pyro_vae_ext.guides.iaf import IAF
 
@@ -25,7 +25,7 @@ from pyro_vae_ext.guides.iaf import IAF
 _MEMORY = 64
 
 
-class AutoAmortized(FamilyGuide):
+class AutoAmortized(QueriedGuide):
     r"""Guide with an encoder for the latents of one plate, and a joint family for the others.
 
     .. math:: q(\theta, z_{1..N}) = q_\psi(\theta) \prod_n q_\phi(z_n \mid \mathrm{encoder}(x)_n).

@@ -11,17 +11,17 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
 from pyro_vae_ext.guides._auto import (
-    FamilyGuide,
     Site,
     latent_sites,
     split,
 )
 from pyro_vae_ext.guides._base import GuideFamily
 from pyro_vae_ext.guides._hierarchy import AUXILIARY, built
+from pyro_vae_ext.guides._queries import QueriedGuide
 from pyro_vae_ext.guides.iaf import IAF
 
 
-class AutoPosterior(FamilyGuide):
+class AutoPosterior(QueriedGuide):
     r"""Guide of any family over all continuous latents of a model, as one vector.
 
     .. math:: z \sim q_\phi, \qquad u = m + s \odot z, \qquad \theta_i = T_i(u_i), \qquad

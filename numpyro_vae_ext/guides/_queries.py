@@ -1,0 +1,138 @@
+"""What the guides made from a model can be asked: draws, medians and quantiles."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import random
+from numpyro import handlers
+from numpyro.infer.util import constrain_fn
+
+from numpyro_vae_ext._checks import positive_int
+from numpyro_vae_ext.guides._auto import FamilyGuide, Latents, Values, is_static
+
+
+class QueriedGuide(FamilyGuide):
+    """Base of the guides made from a model, with what their users ask them."""
+
+    def sample_posterior(
+        self,
+        rng_key: jax.Array,
+        params: dict[str, Any],
+        *args: Any,
+        sample_shape: tuple[int, ...] = (),
+        **kwargs: Any,
+    ) -> Values:
+        """Draw from the guide.
+
+        Args:
+            rng_key: Random key.
+            params: Constrained parameters, as ``svi.get_params`` gives them.
+            args: Positional arguments of the model.
+            sample_shape: Leading shape of the draws.
+            kwargs: Keyword arguments of the model.
+
+        Returns:
+            Constrained draws ``(*sample_shape, *site)`` by site, deterministic sites included; of
+            a subsampled plate the rows of one subsample.
+        """
+        drawn = self._drawn(rng_key, params, math.prod(sample_shape), args, kwargs)
+        return self._constrained(params, drawn, sample_shape, args, kwargs)
+
+    def median(
+        self,
+        params: dict[str, Any],
+        *args: Any,
+        rng_key: jax.Array | None = None,
+        num_samples: int = 10_000,
+        **kwargs: Any,
+    ) -> Values:
+        """Median of every unconstrained number, mapped to the support, by Monte Carlo.
+
+        Args:
+            params: Constrained parameters, as ``svi.get_params`` gives them.
+            args: Positional arguments of the model.
+            rng_key: Random key, ``jax.random.key(0)`` by default.
+            num_samples: Number of draws.
+            kwargs: Keyword arguments of the model.
+
+        Returns:
+            Constrained values of the shape of the site, by site: a simplex is one. The
+            deterministic sites at these.
+
+        Raises:
+            ValueError: If ``num_samples`` is below 1.
+        """
+        positive_int("num_samples", num_samples)
+        rng_key = random.key(0) if rng_key is None else rng_key
+        drawn = self._drawn(rng_key, params, num_samples, args, kwargs)
+        free = {name: jnp.median(x, axis=0)[None] for name, x in drawn.free.items()}
+        return self._constrained(params, drawn._replace(free=free), (), args, kwargs)
+
+    def quantiles(
+        self,
+        params: dict[str, Any],
+        quantiles: Any,
+        *args: Any,
+        rng_key: jax.Array | None = None,
+        num_samples: int = 10_000,
+        **kwargs: Any,
+    ) -> Values:
+        """Quantiles of the marginals of every latent site, by Monte Carlo.
+
+        Args:
+            params: Constrained parameters, as ``svi.get_params`` gives them.
+            quantiles: Numbers between 0 and 1.
+            args: Positional arguments of the model.
+            rng_key: Random key, ``jax.random.key(0)`` by default.
+            num_samples: Number of draws, all of them in memory at once.
+            kwargs: Keyword arguments of the model.
+
+        Returns:
+            Quantiles of the constrained values, ``(*quantiles.shape, *site)``, by site, and of
+            the deterministic sites.
+
+        Raises:
+            ValueError: If ``num_samples`` is below 1.
+        """
+        positive_int("num_samples", num_samples)
+        rng_key = random.key(0) if rng_key is None else rng_key
+        drawn = self._drawn(rng_key, params, num_samples, args, kwargs)
+        draws = self._constrained(params, drawn, (num_samples,), args, kwargs)
+        levels = jnp.asarray(quantiles)
+        return {
+            name: jnp.quantile(x, levels.ravel(), axis=0).reshape(*levels.shape, *x.shape[1:])
+            for name, x in draws.items()
+        }
+
+    def _drawn(self, rng_key: Any, params: Any, count: int, args: Any, kwargs: Any) -> Latents:
+        """Draws at the rows of one subsample."""
+
+        def draw(key: jax.Array, rows: Values) -> Latents:
+            with handlers.block(), handlers.substitute(data={**params, **rows}):
+                return handlers.seed(self._latents, key)(args, kwargs)
+
+        first_key, key = random.split(rng_key)
+        first = draw(first_key, {})
+        draws = jax.vmap(lambda key: draw(key, first.rows).free)(random.split(key, count))
+        return first._replace(free=draws)
+
+    def _constrained(self, params: Any, drawn: Latents, shape: Any, args: Any, kwargs: Any) -> Any:
+        """The values, and deterministic sites, of unconstrained ones with a dimension in front."""
+
+        def one(free: Values) -> Values:
+            return {site.name: site.transform(free[site.name]) for site in drawn.sites}
+
+        def replayed(free: Values) -> Values:
+            ask = partial(constrain_fn, return_deterministic=True)
+            with handlers.block(), handlers.substitute(data=params):
+                return self._asked(ask, drawn.rows, free, args, kwargs)
+
+        alone = is_static(drawn.sites) and not self._has_deterministic
+        # The compiler leaves out what the model does with the values.
+        values = jax.vmap(one)(drawn.free) if alone else jax.jit(jax.vmap(replayed))(drawn.free)
+        return {name: x.reshape(*shape, *x.shape[1:]) for name, x in values.items()}
