@@ -40,6 +40,8 @@ OWN_FILES = {
     },
     NUMPYRO: {"training/_feeds.py"},
 }
+# Files that know neither torch nor JAX: one text in both packages, which is tested once.
+SAME_FILES = ("_psis.py", "diagnostics/_report.py", "training/history.py")
 # A module's call is `forward` for torch.
 ALIASES = {PYRO: {"forward": "__call__"}, NUMPYRO: {}}
 # What a host's own inference engine calls; each host has its own list.
@@ -218,6 +220,12 @@ def test_same_tree_of_files() -> None:
     ours, theirs = set(files(PYRO)), set(files(NUMPYRO))
     assert ours - theirs == OWN_FILES[PYRO]
     assert theirs - ours == OWN_FILES[NUMPYRO]
+
+
+@pytest.mark.parametrize("file", SAME_FILES)
+def test_same_text(file: str) -> None:
+    ours, theirs = ((ROOT / package / file).read_text("utf-8") for package in PACKAGES)
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("package", PACKAGES)
