@@ -22,6 +22,10 @@ FEWEST = 5
 PRIOR_DRAWS, PRIOR_SHAPE = 10, 0.5
 # A weight that is smaller than the largest by more than this factor is as good as 0.
 NEGLIGIBLE = float(np.log(np.finfo(float).tiny)) + 40
+# Fewer exceedances than five within so much of the cutoff are none: an exact guide's rounding.
+NEGLIGIBLE_GAP = 0.01
+# Log-weights that agree up to so many units in the last place are equal.
+ROUNDING = 64
 # Numbers of one intermediate array: 32 MiB.
 MOST_NUMBERS = 2**22
 
@@ -32,9 +36,9 @@ class PSIS(NamedTuple):
     Attributes:
         log_weights: Of the shape of the raw ones, in double precision; the constant is kept, so
             that the log of their mean is an estimate of the log evidence.
-        khat: Of that shape without its first axis. ``-inf`` if the largest weight is that of more
-            draws than the tail has: it has no tail. ``inf`` if fewer than five draws stand out, or
-            all weights are 0: nothing is known.
+        khat: Of that shape without its first axis. ``-inf`` if all draws of the tail have the
+            largest weight: it has no tail. ``inf`` if fewer than five draws stand out, or all
+            weights are 0: nothing is known.
     """
 
     log_weights: np.ndarray
@@ -45,12 +49,14 @@ def psis(log_weights: np.ndarray) -> PSIS:
     """Smooth the largest weights along the first axis.
 
     Args:
-        log_weights: Logs of importance ratios ``(S, *batch)``; ``-inf`` is a weight of 0.
+        log_weights: Logs of importance ratios ``(S, *batch)``, of the type that they were
+            computed in; ``-inf`` is a weight of 0.
 
     Raises:
         ValueError: If a log-weight is NaN or ``inf``, or there is none.
     """
-    raw = np.asarray(log_weights, dtype=float)
+    given = np.asarray(log_weights)
+    raw = given.astype(float)
     if raw.ndim == 0 or raw.shape[0] == 0:
         raise ValueError(
             f"Expected log-weights of shape (num_samples, ...); got shape {raw.shape}. Pass at "
@@ -65,13 +71,15 @@ def psis(log_weights: np.ndarray) -> PSIS:
             "that draw."
         )
     num_samples = len(raw)
-    columns = raw.reshape(num_samples, -1).copy()
+    # Of whole numbers nothing was rounded off.
+    rounding = ROUNDING * float(np.finfo(given.dtype if given.dtype.kind == "f" else float).eps)
+    columns = raw.reshape(num_samples, -1)
     khat = np.full(columns.shape[1], np.inf)
     length = tail_length(num_samples)
     step = max(1, MOST_NUMBERS // (_num_candidates(length) * length + num_samples))
     for start in range(0, columns.shape[1], step):
         block = slice(start, start + step)
-        _smooth(columns[:, block], khat[block], length)
+        _smooth(columns[:, block], khat[block], length, rounding)
     return PSIS(columns.reshape(raw.shape), khat.reshape(raw.shape[1:]))
 
 
@@ -85,11 +93,12 @@ def threshold(num_samples: int) -> float:
     return float(min(1 - 1 / np.log10(max(num_samples, 2)), 0.7))
 
 
-def _smooth(columns: np.ndarray, khat: np.ndarray, length: int) -> None:
+def _smooth(columns: np.ndarray, khat: np.ndarray, length: int, rounding: float) -> None:
     """Smooth columns ``(S, B)`` and set their shapes ``(B,)``, both in place."""
     num_samples = len(columns)
     top = columns.max(axis=0)
     alive = top > -np.inf
+    top = np.where(alive, top, 0.0)
     if num_samples == length:  # A single draw: no weight to compare the tail with.
         return
     first = num_samples - length - 1
@@ -97,11 +106,16 @@ def _smooth(columns: np.ndarray, khat: np.ndarray, length: int) -> None:
     values = np.take_along_axis(columns, places, axis=0)
     order = np.argsort(values, axis=0, kind="stable")
     places = np.take_along_axis(places, order, axis=0)[1:]
-    values = np.take_along_axis(values, order, axis=0) - np.where(alive, top, 0.0)
+    values = np.take_along_axis(values, order, axis=0) - top
     cutoff, tail = np.maximum(values[0], NEGLIGIBLE), values[1:]
     # Ties with the cutoff are no exceedances: columns of the same number of them go together.
-    counts = np.where(alive, (tail > cutoff).sum(axis=0), -1)
-    khat[(counts == 0) & ((length >= FEWEST) | (columns.min(axis=0) == top))] = -np.inf
+    counts = (tail > cutoff).sum(axis=0)
+    exact = rounding * np.maximum(1.0, np.abs(top))
+    flat = alive & (-values[0] <= np.where(counts < FEWEST, NEGLIGIBLE_GAP, exact))
+    if length < FEWEST:
+        flat = alive & (top - columns.min(axis=0) <= exact)
+    khat[flat] = -np.inf
+    counts = np.where(alive & ~flat, counts, 0)
     for count in np.unique(counts[counts >= FEWEST]):
         chosen = np.flatnonzero(counts == count)
         floor = cutoff[chosen]

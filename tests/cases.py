@@ -384,6 +384,10 @@ CASES: dict[str, dict[str, list[dict]]] = {
             {"num_samples": 7, "chunk_size": 3, "progress_bar": False},
             {"num_samples": 7, "chunk_size": 100, "progress_bar": False},
         ],
+        "importance": [
+            {"num_samples": 7, "progress_bar": False},
+            {"num_samples": 120, "chunk_size": 50, "progress_bar": False},
+        ],
         "active_units": [
             {"num_samples": 40},
             {"num_samples": 41, "threshold": 0.1},

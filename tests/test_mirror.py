@@ -41,7 +41,12 @@ OWN_FILES = {
     NUMPYRO: {"training/_feeds.py"},
 }
 # Files that know neither torch nor JAX: one text in both packages, which is tested once.
-SAME_FILES = ("_psis.py", "diagnostics/_report.py", "training/history.py")
+SAME_FILES = (
+    "_psis.py",
+    "diagnostics/_importance.py",
+    "diagnostics/_report.py",
+    "training/history.py",
+)
 # A module's call is `forward` for torch.
 ALIASES = {PYRO: {"forward": "__call__"}, NUMPYRO: {}}
 # What a host's own inference engine calls; each host has its own list.

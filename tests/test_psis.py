@@ -4,25 +4,50 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent.parent / "numpyro_vae_ext"
+
+
+def load(file: str) -> ModuleType:
+    """The module alone: its package needs a backend."""
+    name = f"alone_{Path(file).stem}"
+    spec = importlib.util.spec_from_file_location(name, PACKAGE / file)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[name] = found  # Dataclasses look their module up.
+    spec.loader.exec_module(found)
+    return found
 
 
 @pytest.fixture(scope="module")
 def module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_psis", ROOT / "numpyro_vae_ext" / "_psis.py")
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules["_psis"] = found
-    spec.loader.exec_module(found)
-    del sys.modules["_psis"]
-    return found
+    return load("_psis.py")
+
+
+@pytest.fixture(scope="module")
+def report(module: ModuleType) -> Callable[..., Any]:
+    """What ``diagnostics.importance`` returns for given log-weights."""
+    file = load("diagnostics/_importance.py")
+
+    def make(log_weights: np.ndarray, plates: tuple[str, ...] = ("data",)) -> Any:
+        size = len(log_weights)
+        return file.report(
+            log_weights,
+            *module.psis(log_weights),
+            threshold=module.threshold(size),
+            tail_length=module.tail_length(size),
+            plates=plates,
+        )
+
+    return make
 
 
 def pareto(khat: float, size: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -127,7 +152,14 @@ def test_nearly_equal_weights(module: ModuleType) -> None:
     noise = np.random.default_rng(0).standard_exponential(2_000)
     khat = module.psis(1e-12 * noise).khat
     assert abs(khat - module.psis(1e-3 * noise).khat) < 2e-2
-    assert np.isfinite(module.psis(1e-200 * noise).khat)
+    # At -1000 nats that is rounding; in single precision more is.
+    assert module.psis(1e-12 * noise - 1_000.0).khat == -np.inf
+    assert np.isfinite(module.psis(1e-5 * noise - 1_000.0).khat)
+    assert module.psis((1e-5 * noise - 1_000.0).astype(np.float32)).khat == -np.inf
+    # A single draw that stands out is rounding too, or says that nothing is known.
+    for above, khat in ((1e-3, -np.inf), (1.0, np.inf)):
+        assert module.psis(above * (np.arange(500) == 7)).khat == khat
+    assert module.psis(np.arange(40) * 1e-16).khat == -np.inf
 
 
 @pytest.mark.parametrize(("size", "khat"), [(1, np.inf), (2, -np.inf), (1_000, -np.inf)])
@@ -196,3 +228,121 @@ def test_wrong_weights(module: ModuleType) -> None:
     for shape in ((), (0,), (0, 3)):
         with pytest.raises(ValueError, match="at least one draw"):
             module.psis(np.zeros(shape))
+
+
+def test_report_of_known_weights(report: Callable[..., Any]) -> None:
+    """The formulas written out, with a constant that would overflow."""
+    raw = normal(0.9, (2_000, 3)) + 900.0
+    found = report(raw)
+    for log_weights, evidence, error in (
+        (raw, found.log_evidence, found.log_evidence_error),
+        (found.smoothed_log_weights, found.smoothed, found.smoothed_error),
+    ):
+        weights = np.exp(log_weights - 900.0)
+        mean = weights.mean(axis=0)
+        assert np.allclose(evidence, np.log(mean) + 900.0, rtol=1e-12)
+        deviation = weights.std(axis=0, ddof=1) / np.sqrt(2_000)
+        assert np.allclose(error, deviation / mean, rtol=1e-9)
+    normalised = weights / weights.sum(axis=0)
+    assert np.allclose(found.ess, 1 / (normalised**2).sum(axis=0), rtol=1e-9)
+    assert np.allclose(found.elbo, raw.mean(axis=0))
+    assert np.allclose(found.elbo_error, raw.std(axis=0, ddof=1) / np.sqrt(2_000))
+    assert found.good.dtype == bool
+    assert np.array_equal(found.log_weights, raw)
+
+
+@pytest.mark.parametrize("shape", [0.2, 0.4, 0.6])
+def test_standard_errors_are_the_spread(report: Callable[..., Any], shape: float) -> None:
+    """Over 400 repeats; the bias, which they leave out, is small where k-hat is."""
+    found = report(normal(1 - shape, (1_000, 400)))
+    ratio = found.smoothed_error[found.good].mean() / found.smoothed.std()
+    assert 0.8 < ratio < 1.1
+    assert 0.85 < found.khat_error.mean() / found.khat.std() < 1.15
+    assert abs(found.smoothed.mean()) < 0.5 * found.smoothed.std() + 1e-3
+
+
+def test_errors_are_left_out_where_there_is_no_variance(report: Callable[..., Any]) -> None:
+    found = report(normal(0.4, (1_000, 200)))
+    assert 0 < found.good.sum() < 200
+    assert np.array_equal(np.isnan(found.smoothed_error), ~found.good)
+    assert np.array_equal(np.isnan(found.log_evidence_error), found.khat >= 0.5)
+    assert np.array_equal(found.good, found.khat < 2 / 3)
+    # Where there is a variance, both estimates are one number up to their errors.
+    sound = found.khat < 0.5
+    gap = np.abs(found.smoothed - found.log_evidence)[sound]
+    assert np.all(gap < found.log_evidence_error[sound])
+    assert np.any(gap > 0)
+
+
+def test_report_without_a_tail(report: Callable[..., Any]) -> None:
+    """Equal weights, weights of 0 alone, and one draw."""
+    found = report(np.stack([np.full(100, -2.0), np.full(100, -np.inf)], axis=1))
+    assert found.khat.tolist() == [-np.inf, np.inf]
+    assert found.good.tolist() == [True, False]
+    assert found.ess.tolist() == [100.0, 0.0]
+    assert found.smoothed.tolist() == [-2.0, -np.inf]
+    assert found.smoothed_error[0] == found.khat_error[0] == 0.0
+    assert np.isnan(found.smoothed_error[1])
+    one = report(np.array([-3.0]), ())
+    assert (one.smoothed, one.ess, bool(one.good)) == (-3.0, 1.0, False)
+
+
+def test_report_as_a_table(report: Callable[..., Any]) -> None:
+    pytest.importorskip("pandas")
+    raw = normal(0.8, (100, 2, 3))
+    found = report(raw, ("rows", "columns"))
+    table = found.table.set_index(["rows", "columns"])
+    assert len(table) == 6
+    for name in ("khat", "khat_error", "ess", "elbo", "elbo_error", "smoothed", "smoothed_error"):
+        assert table.loc[(1, 2), name] == getattr(found, name)[1, 2]
+    assert table["good"].dtype == bool
+    assert len(report(raw[:, 0, 0], ()).table) == 1
+
+
+def test_report_in_a_line(report: Callable[..., Any]) -> None:
+    raw = normal(0.5, (100, 1), seed=1)
+    found = report(raw)
+    shown = f"k-hat {found.khat[0]:.2f} in the middle and {found.khat[0]:.2f} at worst"
+    assert repr(found) == (
+        f"Importance(100 draws, 1 rows, {shown}, {int(found.good[0])} rows good, log evidence "
+        f"{found.smoothed[0]:.2f} in all)"
+    )
+    assert repr(report(raw[:, 0], ())).startswith(
+        f"Importance(100 draws, k-hat {found.khat[0]:.2f}"
+    )
+    assert repr(report(raw[:, :0])) == "Importance(100 draws, no rows)"
+
+
+def test_report_as_a_plot(report: Callable[..., Any]) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    raw = normal(0.4, (1_000, 12))
+    raw[:, 3] = 0.0
+    found = report(raw)
+    axes = found.plot()
+    assert axes.get_xlabel() == "data"
+    drawn = {container.get_label(): container[0].get_data() for container in axes.containers}
+    shown = np.isfinite(found.khat)
+    for wanted, label in ((True, "good"), (False, "too large")):
+        rows = np.flatnonzero(shown & (found.good == wanted))
+        places, heights = drawn[f"{label} ({int((found.good == wanted).sum())})"]
+        assert np.array_equal(places, rows)
+        assert np.array_equal(heights, found.khat[rows])
+    assert "1 without a tail to fit" in axes.get_title()
+    joint = report(raw[:, 0], ())
+    _, ours = pyplot.subplots()
+    assert joint.plot(ours) is ours
+    before, after = (line.get_ydata() for line in ours.lines)
+    assert np.array_equal(before, np.sort(joint.log_weights)[::-1] - joint.smoothed)
+    assert np.array_equal(after, np.sort(joint.smoothed_log_weights)[::-1] - joint.smoothed)
+    assert np.all(np.diff(before) <= 0)
+    pyplot.close("all")
+
+
+@pytest.mark.parametrize(("library", "extra"), [("pandas", "arviz"), ("matplotlib", "examples")])
+def test_report_names_the_extra(
+    report: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, library: str, extra: str
+) -> None:
+    found = report(normal(0.8, (50, 2)))
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=rf"Install vae-ext\[{extra}\]"):
+        _ = found.table if library == "pandas" else found.plot()

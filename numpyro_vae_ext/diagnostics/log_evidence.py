@@ -7,12 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax, random
 from jax.scipy.special import logsumexp
-from tqdm.auto import tqdm
 
 from numpyro_vae_ext import _trace
-from numpyro_vae_ext._checks import positive_int
+from numpyro_vae_ext.diagnostics._weights import Weigher
 
 
 def log_evidence(
@@ -77,29 +75,10 @@ def log_evidence(
         >>> log_evidence(jax.random.key(0), model, guide, x, params={}, num_samples=500).shape
         (8,)
     """
-    positive_int("num_samples", num_samples)
     pair = _trace.Pair(model, guide, args, kwargs)
-    most, side_by_side = _trace.chunk_sizes(rng_key, params, pair)
-    size = min(num_samples, most if chunk_size is None else positive_int("chunk_size", chunk_size))
-    shape = _trace.layout(rng_key, params, pair).value
-    plate_key = _trace.shared_key(rng_key)
-
-    def add(
-        pair: _trace.Pair, params: Any, total: jax.Array, keys: jax.Array, start: jax.Array
-    ) -> jax.Array:
-        def run(key: jax.Array) -> jax.Array:
-            return _trace.run(key, plate_key, params, pair).value
-
-        runs = lax.map(run, keys, batch_size=min(size, side_by_side))
-        # The last chunk is as long as the others, so that there is one program; its rest is void.
-        kept = start + jnp.arange(size) < num_samples
-        void = jnp.where(kept, 0.0, -jnp.inf).reshape(-1, *(1,) * total.ndim)
-        return jnp.logaddexp(total, logsumexp(runs + void.astype(runs.dtype), axis=0))
-
-    step = _trace.compiled(add, pair)
+    weigher = Weigher(rng_key, params, pair, num_samples, chunk_size)
+    shape = weigher.layout.value
     total = jnp.full(shape.shape, -jnp.inf, shape.dtype)
-    starts = range(0, num_samples, size)
-    keys = random.split(rng_key, len(starts) * size)
-    for start in tqdm(starts, desc="log evidence", disable=not progress_bar or len(starts) < 2):
-        total = step(params, total, keys[start : start + size], start)
+    for weights in weigher.chunks("log evidence", progress_bar):
+        total = jnp.logaddexp(total, logsumexp(weights, axis=0))
     return total - jnp.log(num_samples).astype(total.dtype)

@@ -2,7 +2,8 @@
 
 from pyro_vae_ext.diagnostics.active_units import active_units
 from pyro_vae_ext.diagnostics.arviz import to_arviz
+from pyro_vae_ext.diagnostics.importance import importance
 from pyro_vae_ext.diagnostics.latent_utilisation import latent_utilisation
 from pyro_vae_ext.diagnostics.log_evidence import log_evidence
 
-__all__ = ["active_units", "latent_utilisation", "log_evidence", "to_arviz"]
+__all__ = ["active_units", "importance", "latent_utilisation", "log_evidence", "to_arviz"]

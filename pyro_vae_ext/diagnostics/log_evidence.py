@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from pyro_vae_ext import _trace
-from pyro_vae_ext._checks import positive_int
+from pyro_vae_ext.diagnostics._weights import Weigher
 
 
 def log_evidence(
@@ -68,24 +66,10 @@ def log_evidence(
         >>> log_evidence(model, guide, torch.zeros(8, 2), num_samples=500).shape
         torch.Size([8])
     """
-    positive_int("num_samples", num_samples)
-    if chunk_size is None:
-        chunk_size = _trace.chunk_size(model, guide, args, kwargs)
-    size = min(num_samples, positive_int("chunk_size", chunk_size))
-    parts: list[Tensor] = []
-    subsamples: dict[str, Tensor] = {}
-    particle_dim = -1 - _trace.plate_nesting(model, guide, args, kwargs)
-    starts = range(0, num_samples, size)
+    weigher = Weigher(model, guide, args, kwargs, num_samples, chunk_size)
     with torch.no_grad():
-        for start in tqdm(starts, desc="log evidence", disable=not progress_bar or len(starts) < 2):
-            weights = _trace.run(
-                model,
-                guide,
-                args,
-                kwargs,
-                num_particles=min(size, num_samples - start),
-                particle_dim=particle_dim,
-                subsamples=subsamples,
-            ).stacked()
-            parts.append(torch.logsumexp(weights, 0))
+        parts = [
+            torch.logsumexp(weights.stacked(), 0)
+            for weights in weigher.chunks("log evidence", progress_bar)
+        ]
     return torch.stack(parts).logsumexp(0) - math.log(num_samples)
