@@ -90,6 +90,9 @@ OWN_ERRORS = {
     },
     NUMPYRO: {
         "Expected rngs for a family with a context",
+        # Deterministic sites are among the answers, as the host has it.
+        "Expected the arguments of the model, on which deterministic sites, supports or plates "
+        "may depend",
         "Expected rng_key for the samples behind log_prob of {}",
     },
 }

@@ -30,7 +30,7 @@ from numpyro.distributions import biject_to
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.util import constrain_fn, get_transforms
 
-from numpyro_vae_ext._checks import Plates, masks, unwrapped
+from numpyro_vae_ext._checks import Plates, is_traced, masks, unwrapped
 from numpyro_vae_ext.guides._base import GuideFamily
 from numpyro_vae_ext.guides._hierarchy import built
 
@@ -94,7 +94,13 @@ class FamilyGuide(AutoGuide):
         # A stream cannot be advanced under jit, where the families may be built.
         self._rng_key = (nnx.Rngs(0) if rngs is None else rngs).params()
         self._names: frozenset[str] = frozenset()  # of the latent sites, once they are known
-        self._has_deterministic = False
+        self._has_arguments = False
+        self._asks_model = False  # for supports that depend on something, or deterministic sites
+        self._first: tuple[Any, Any] | None = None  # arguments of the first call
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy on a disk holds no data.
+        return {**super().__getstate__(), "_first": None}
 
     @abstractmethod
     def _latents(self, args: Any, kwargs: Any) -> Latents:
@@ -160,12 +166,25 @@ class FamilyGuide(AutoGuide):
         messages, free = found[0].prototype_trace, found[0]._init_locs
         if not free:
             raise ValueError("Expected at least one continuous latent site in the model; got none.")
-        if not self._names:
-            self._names = frozenset(free)
-            self._has_deterministic = "deterministic" in {m["type"] for m in messages.values()}
         # In the model's order: that of `_init_locs` is another one under jit.
         sites = [_site(message, free[k]) for k, message in messages.items() if k in free]
+        if not self._names:
+            self._names = frozenset(free)
+            self._remember(messages, sites, args, kwargs)
         return sites, dict(found[0]._prototype_frame_full_sizes)
+
+    def _remember(self, messages: dict[str, Any], sites: list[Site], args: Any, kwargs: Any) -> None:
+        """What later questions need of the first call; nothing traced."""
+        # The host's lists and reparameterisers read it.
+        self.prototype_trace = {
+            name: {"name": name, "type": msg["type"], "is_observed": msg.get("is_observed")}
+            for name, msg in messages.items()
+        }
+        types = {msg["type"] for msg in messages.values()}
+        self._asks_model = "deterministic" in types or not is_static(sites)
+        self._has_arguments = bool(args or kwargs)
+        traced = any(map(is_traced, jax.tree.leaves((args, kwargs))))
+        self._first = None if traced else (args, kwargs)
 
     def _built(
         self, family: Callable[..., Any], context_dim: int | None, sites: list[Site], size: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,13 @@ from numpyro import handlers
 from numpyro.infer.util import constrain_fn
 
 from numpyro_vae_ext._checks import positive_int
-from numpyro_vae_ext.guides._auto import FamilyGuide, Latents, Values, is_static
+from numpyro_vae_ext.guides._auto import FamilyGuide, Latents, Values
 
 
 class QueriedGuide(FamilyGuide):
     """Base of the guides made from a model, with what their users ask them."""
+
+    _reads_arguments = False  # a draw depends on the arguments of the model
 
     def sample_posterior(
         self,
@@ -32,7 +35,8 @@ class QueriedGuide(FamilyGuide):
         Args:
             rng_key: Random key.
             params: Constrained parameters, as ``svi.get_params`` gives them.
-            args: Positional arguments of the model.
+            args: Positional arguments of the model; :class:`AutoPosterior` needs none once it
+                has been called: deterministic sites are then those of its first call.
             sample_shape: Leading shape of the draws.
             kwargs: Keyword arguments of the model.
 
@@ -40,6 +44,7 @@ class QueriedGuide(FamilyGuide):
             Constrained draws ``(*sample_shape, *site)`` by site, deterministic sites included; of
             a subsampled plate the rows of one subsample.
         """
+        args, kwargs = self._given(args, kwargs)
         drawn = self._drawn(rng_key, params, math.prod(sample_shape), args, kwargs)
         return self._constrained(params, drawn, sample_shape, args, kwargs)
 
@@ -55,7 +60,7 @@ class QueriedGuide(FamilyGuide):
 
         Args:
             params: Constrained parameters, as ``svi.get_params`` gives them.
-            args: Positional arguments of the model.
+            args: Positional arguments of the model, as for :meth:`sample_posterior`.
             rng_key: Random key, ``jax.random.key(0)`` by default.
             num_samples: Number of draws.
             kwargs: Keyword arguments of the model.
@@ -68,6 +73,7 @@ class QueriedGuide(FamilyGuide):
             ValueError: If ``num_samples`` is below 1.
         """
         positive_int("num_samples", num_samples)
+        args, kwargs = self._given(args, kwargs)
         rng_key = random.key(0) if rng_key is None else rng_key
         drawn = self._drawn(rng_key, params, num_samples, args, kwargs)
         free = {name: jnp.median(x, axis=0)[None] for name, x in drawn.free.items()}
@@ -87,7 +93,7 @@ class QueriedGuide(FamilyGuide):
         Args:
             params: Constrained parameters, as ``svi.get_params`` gives them.
             quantiles: Numbers between 0 and 1.
-            args: Positional arguments of the model.
+            args: Positional arguments of the model, as for :meth:`sample_posterior`.
             rng_key: Random key, ``jax.random.key(0)`` by default.
             num_samples: Number of draws, all of them in memory at once.
             kwargs: Keyword arguments of the model.
@@ -100,6 +106,7 @@ class QueriedGuide(FamilyGuide):
             ValueError: If ``num_samples`` is below 1.
         """
         positive_int("num_samples", num_samples)
+        args, kwargs = self._given(args, kwargs)
         rng_key = random.key(0) if rng_key is None else rng_key
         drawn = self._drawn(rng_key, params, num_samples, args, kwargs)
         draws = self._constrained(params, drawn, (num_samples,), args, kwargs)
@@ -109,6 +116,25 @@ class QueriedGuide(FamilyGuide):
             for name, x in draws.items()
         }
 
+    def _given(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of a question; where there are none, those of the first call."""
+        if args or kwargs or not self._has_arguments:
+            return args, kwargs
+        if self._reads_arguments:
+            raise ValueError(
+                f"Expected the arguments of the model, which the encoder of {type(self).__name__} "
+                "reads; got none. Pass the rows to draw for."
+            )
+        if self._first is not None:
+            return self._first
+        if self._asks_model or self.create_plates is not None:
+            raise ValueError(
+                "Expected the arguments of the model, on which deterministic sites, supports or "
+                "plates may depend; got none, and those of the first call are not known: it was "
+                "under jit, or in another process. Pass them."
+            )
+        return args, kwargs
+
     def _drawn(self, rng_key: Any, params: Any, count: int, args: Any, kwargs: Any) -> Latents:
         """Draws at the rows of one subsample."""
 
@@ -117,6 +143,8 @@ class QueriedGuide(FamilyGuide):
                 return handlers.seed(self._latents, key)(args, kwargs)
 
         first_key, key = random.split(rng_key)
+        # The parts of a list get one key: one subsample, and draws of their own.
+        key = random.fold_in(key, zlib.crc32(self.prefix.encode()))
         first = draw(first_key, {})
         draws = jax.vmap(lambda key: draw(key, first.rows).free)(random.split(key, count))
         return first._replace(free=draws)
@@ -132,7 +160,7 @@ class QueriedGuide(FamilyGuide):
             with handlers.block(), handlers.substitute(data=params):
                 return self._asked(ask, drawn.rows, free, args, kwargs)
 
-        alone = is_static(drawn.sites) and not self._has_deterministic
         # The compiler leaves out what the model does with the values.
-        values = jax.vmap(one)(drawn.free) if alone else jax.jit(jax.vmap(replayed))(drawn.free)
+        constrain = jax.jit(jax.vmap(replayed)) if self._asks_model else jax.vmap(one)
+        values = constrain(drawn.free)
         return {name: x.reshape(*shape, *x.shape[1:]) for name, x in values.items()}

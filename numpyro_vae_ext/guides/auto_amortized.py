@@ -92,6 +92,8 @@ class AutoAmortized(QueriedGuide):
         (5, 3, 2)
     """
 
+    _reads_arguments = True
+
     def __init__(
         self,
         model: Callable[..., Any],

@@ -18,18 +18,20 @@ from typing import Any, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.nn import PyroModule
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, register_kl
 
 from pyro_vae_ext._checks import distribution_name
 
 # What a copy shares with its original; none of it is changed in place.
-_SHARED = ("prototype_trace", "_prototype_frames", "_sites", "_found", "plates")
+_SHARED = ("prototype_trace", "_prototype_frames", "_sites", "_found", "_names", "plates")
 
 
 class Delta(dist.Delta):
@@ -126,6 +128,11 @@ def _initial_value(init_loc_fn: Callable[..., Any], guide: str, site: Any) -> Te
     return init_loc_fn(site)
 
 
+def _is_foreign(names: set[str], msg: Any) -> bool:
+    latent = msg["type"] == "sample" and not msg["is_observed"] and not site_is_subsample(msg)
+    return latent and bool(names) and msg["name"] not in names
+
+
 class FamilyGuide(AutoGuide):
     """Base of the guides made from a model; a member finds its sites and draws their vectors."""
 
@@ -138,7 +145,13 @@ class FamilyGuide(AutoGuide):
         create_plates: Callable[..., Any] | None,
     ) -> None:
         init = partial(_initial_value, init_loc_fn, type(self).__name__)
-        super().__init__(InitMessenger(init)(model), create_plates=create_plates)
+        names: set[str] = set()
+        started = InitMessenger(init)(poutine.block(model, hide_fn=partial(_is_foreign, names)))
+        super().__init__(started, create_plates=create_plates)
+        # The host's property is the first of these.
+        self._model: Any = (started, model)
+        self._names = names  # of the latent sites, once they are known
+        self._has_arguments = False
 
     @abstractmethod
     def _prepare(self, args: tuple, kwargs: dict) -> None:
@@ -155,6 +168,10 @@ class FamilyGuide(AutoGuide):
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             super()._setup_prototype(*args, **kwargs)
+        if not self._names:
+            # What was observed at the first call may be latent later, and is hidden then.
+            self._names.update(self.prototype_trace.stochastic_nodes)
+            self._has_arguments = bool(args or kwargs)
 
     def _aux_name(self, kind: str) -> str:
         # The parts of an AutoGuideList are numbered: each has a site of its own.

@@ -19,10 +19,18 @@ from pyro_vae_ext.guides._auto import FamilyGuide, Site
 class QueriedGuide(FamilyGuide):
     """Base of the guides made from a model, with what their users ask them."""
 
+    _reads_arguments = False  # a draw depends on the arguments of the model
+
     def sample_posterior(
         self, *args: Any, sample_shape: Sequence[int] = (), **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Draw from the guide, with the arguments of the model and without a gradient.
+        """Draw from the guide, without a gradient.
+
+        Args:
+            args: Positional arguments of the model; :class:`AutoPosterior` needs none once it
+                has been called.
+            sample_shape: Leading shape of the draws.
+            kwargs: Keyword arguments of the model.
 
         Returns:
             Constrained draws ``(*sample_shape, *site)`` by site; of a subsampled plate the rows
@@ -33,6 +41,11 @@ class QueriedGuide(FamilyGuide):
 
     def median(self, *args: Any, num_samples: int = 10_000, **kwargs: Any) -> dict[str, Tensor]:
         """Median of every unconstrained number, mapped to the support, by Monte Carlo.
+
+        Args:
+            args: Positional arguments of the model, as for :meth:`sample_posterior`.
+            num_samples: Number of draws.
+            kwargs: Keyword arguments of the model.
 
         Returns:
             Constrained values of the shape of the site, by site: a simplex is one.
@@ -47,7 +60,7 @@ class QueriedGuide(FamilyGuide):
 
         Args:
             quantiles: A number between 0 and 1, or a list of them.
-            args: Positional arguments of the model.
+            args: Positional arguments of the model, as for :meth:`sample_posterior`.
             num_samples: Number of draws, all of them in memory at once.
             kwargs: Keyword arguments of the model.
 
@@ -66,13 +79,18 @@ class QueriedGuide(FamilyGuide):
         self, sample_shape: tuple[int, ...], args: tuple, kwargs: dict
     ) -> list[tuple[Site, Tensor]]:
         """Unconstrained draws ``(*sample_shape, *site)`` of every site."""
+        if self._reads_arguments and self._has_arguments and not args and not kwargs:
+            raise ValueError(
+                f"Expected the arguments of the model, which the encoder of {type(self).__name__} "
+                "reads; got none. Pass the rows to draw for."
+            )
         with poutine.block(), self._pyro_context:
             # The plates of a list's part are those of the list.
             master = self if self.master is None else self.master()
             if master is not self and master.prototype_trace is None:
                 master._setup_prototype(*args, **kwargs)
             self._prepare(args, kwargs)
-            plates = master._create_plates(*args, **kwargs)
+            plates = self._plates(master, args, kwargs)
             sites = [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
             depth = max(site["value"].dim() - site["fn"].event_dim for site in sites)
             draws = []
@@ -81,3 +99,12 @@ class QueriedGuide(FamilyGuide):
                     own = value.shape[value.dim() - len(site.batch + site.event) :]
                     draws.append((site, value.reshape(sample_shape + tuple(own))))
         return draws
+
+    def _plates(self, master: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """The plates of a question; without arguments those of the first call."""
+        if args or kwargs or not self._has_arguments:
+            return master._create_plates(*args, **kwargs)
+        return {
+            name: pyro.plate(name, frame.full_size or frame.size, dim=frame.dim)
+            for name, frame in self._prototype_frames.items()
+        }

@@ -86,6 +86,8 @@ class AutoAmortized(QueriedGuide):
         torch.Size([5, 3, 2])
     """
 
+    _reads_arguments = True
+
     def __init__(
         self,
         model: Callable[..., Any],

@@ -559,8 +559,10 @@ def test_list_of_guides() -> None:
     params = initial(model, guide, x, jit=False)
     truth = np.log(2.0 * 9.0 / 3.7**3)
     assert_unbiased(weights(model, guide, params, x), truth)
-    draws = guide.sample_posterior(KEY, params, sample_shape=(3,))
-    assert {name: v.shape for name, v in draws.items()} == {"rate": (3,), "t": (3,)}
+    draws = guide.sample_posterior(KEY, params, sample_shape=(50,))
+    assert {name: v.shape for name, v in draws.items()} == {"rate": (50,), "t": (50,)}
+    # The host hands one key to all parts; their draws have nothing to do with each other.
+    assert np.abs(np.corrcoef(jnp.log(draws["rate"]), draws["t"])[0, 1]) < 0.5
     assert set(guide.median(params)) == {"rate", "t"}
 
 
@@ -612,6 +614,52 @@ def test_prediction_without_the_data_that_it_predicts() -> None:
     new = Predictive(model, guide=guide, params=params, num_samples=2)(KEY, normal(6, 1))
     assert new["y"].shape == (2, 6)
     assert set(guide.sample_posterior(KEY, params, normal(6, 1))) == {"z"}
+    with pytest.raises(ValueError, match="^Expected the arguments of the model, which the enc"):
+        guide.sample_posterior(KEY, params)
+
+
+def regression(x: jax.Array, y: Any = None) -> None:
+    w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+    part = numpyro.sample("part", dist.Uniform(0.0, jnp.exp(w)))  # a support that depends on a site
+    slope = numpyro.deterministic("slope", x[:, 0] * part)
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("y", dist.Bernoulli(logits=slope), obs=y)
+
+
+def test_prediction_on_new_rows() -> None:
+    """Without what is predicted, with another number of rows, and with the rows left out."""
+    x, new, y = normal(4, 1), normal(6, 1, seed=1), jnp.array([0, 1, 1, 0])
+    guide = AutoPosterior(regression, MeanField)
+    params = initial(regression, guide, x, y, jit=False)
+    draws = guide.sample_posterior(KEY, params, new, sample_shape=(3,))
+    np.testing.assert_allclose(draws["slope"], draws["part"][:, None] * new[:, 0], rtol=1e-6)
+    for kwargs in ({"guide": guide, "params": params}, {"posterior_samples": draws}):
+        found = Predictive(regression, num_samples=3, **kwargs)(KEY, new)
+        assert found["y"].shape == found["slope"].shape == (3, 6)
+    # As the host's AutoNormal: what depends on the rows is that of the first call.
+    alone = guide.sample_posterior(KEY, params, sample_shape=(3,))
+    np.testing.assert_array_equal(alone["part"], draws["part"])
+    np.testing.assert_allclose(alone["slope"], draws["part"][:, None] * x[:, 0], rtol=1e-6)
+    middle, found = guide.median(params, num_samples=9), guide.quantiles(params, 0.5, num_samples=9)
+    np.testing.assert_allclose(middle["slope"], middle["part"] * x[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(found["w"], middle["w"], rtol=1e-6)
+    # A copy on a disk has no data, and says so.
+    copied = pickle.loads(pickle.dumps(guide))
+    with pytest.raises(ValueError, match="^Expected the arguments of the model, on which determ"):
+        copied.median(params)
+    assert set(copied.median(params, x, num_samples=9)) == {"w", "part", "slope"}
+
+
+def test_questions_without_arguments_after_a_first_call_under_jit() -> None:
+    x = normal(4, 2)
+    guide = AutoPosterior(models.conjugate, MeanField)
+    params = initial(models.conjugate, guide, x, jit=True)
+    assert guide.sample_posterior(KEY, params, sample_shape=(2,))["z"].shape == (2, 4, 2)
+    assert guide.quantiles(params, [0.1, 0.9], num_samples=9)["z"].shape == (2, 4, 2)
+    guide = AutoPosterior(regression, MeanField)
+    params = initial(regression, guide, x, jnp.ones(4), jit=True)
+    with pytest.raises(ValueError, match="^Expected the arguments of the model, on which determ"):
+        guide.sample_posterior(KEY, params)
 
 
 # --- errors -----------------------------------------------------------------------------------

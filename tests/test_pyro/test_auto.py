@@ -387,6 +387,39 @@ def test_sample_posterior_median_and_quantiles(name: str) -> None:
     torch.testing.assert_close(median["share"].sum(-1), torch.ones(4))
 
 
+@pytest.mark.parametrize("name", ["AutoPosterior", "AutoAmortized"])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_prediction_on_new_rows(name: str, parallel: bool) -> None:
+    """Without what is predicted, which is no latent then, and with another number of rows."""
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Gamma(2.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0)) if name == "AutoAmortized" else 0.0
+            pyro.sample("y", dist.Bernoulli(logits=w * x[:, 0] + z), obs=y)
+
+    x, new = torch.randn(4, 1), torch.randn(6, 1)
+    guide = AutoPosterior(model, MeanField)
+    if name == "AutoAmortized":
+        guide = AutoAmortized(model, lambda x, y=None: x, family=MeanField)
+    guide(x, torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    draws = guide.sample_posterior(new, sample_shape=(3,))
+    local = {"z": (3, 6)} if name == "AutoAmortized" else {}
+    assert {key: value.shape for key, value in draws.items()} == {"w": (3,), **local}
+    for given in ({"guide": guide, "num_samples": 3}, {"posterior_samples": draws}):
+        found = infer.Predictive(model, parallel=parallel, **given)(new)
+        assert found["y"].shape == (3, 6)
+    if name == "AutoAmortized":
+        text = "Expected the arguments of the model, which the encoder of AutoAmortized reads; got"
+        says(text, guide.median)
+    else:
+        torch.manual_seed(0)
+        expected = guide.quantiles([0.1, 0.5], x, num_samples=9)
+        torch.manual_seed(0)
+        assert torch.equal(guide.quantiles([0.1, 0.5], num_samples=9)["w"], expected["w"])
+        assert set(guide.median()) == set(guide.sample_posterior()) == {"w"}
+
+
 OBJECTIVES = {
     "Trace_ELBO": infer.Trace_ELBO,
     "TraceMeanField_ELBO": infer.TraceMeanField_ELBO,
