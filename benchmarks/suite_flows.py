@@ -3,7 +3,7 @@
 `sample` is a batch of samples with their log-density, `gradient` the gradient of a bound through
 them, both at D = 50. `score` is the log-density of a value whose noise is unknown, at D = 256, with
 networks far from their start near the identity; "one pass a coordinate" inverts our own flow that
-way. The affine steps stand against the peers'; the gated ones, our default, beside them.
+way. The affine steps, our default, stand against the peers'; the gated ones beside them.
 """
 
 import contextlib

@@ -41,8 +41,14 @@ CASES: dict[str, dict[str, list[dict]]] = {
                 "activation": "tanh",
             },
             {"latent_dim": 1, "context_dim": 4, "hidden_dims": (5,)},
-            {"latent_dim": 3, "context_dim": None, "hidden_dims": (7,), "num_flows": 1},
-            {"latent_dim": 3, "context_dim": None, "hidden_dims": (7,), "update": "affine"},
+            {
+                "latent_dim": 3,
+                "context_dim": None,
+                "hidden_dims": (7,),
+                "num_flows": 1,
+                "update": "gated",
+            },
+            {"latent_dim": 3, "context_dim": None, "hidden_dims": (7,)},
             {"latent_dim": 1, "context_dim": None, "hidden_dims": (5,)},
         ],
         "Auxiliary": [

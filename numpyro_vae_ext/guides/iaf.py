@@ -18,10 +18,8 @@ from numpyro_vae_ext._checks import one_of, positive_int, widths
 from numpyro_vae_ext.guides._base import DirectFamily, param_dtype_or_default
 from numpyro_vae_ext.guides._flow import FlowDistribution, Transform
 from numpyro_vae_ext.guides.mean_field import MeanField
+from numpyro_vae_ext.nn._scales import bounded, log_scale_bound
 from numpyro_vae_ext.nn.masked import MaskedMLP
-
-_GATE_BIAS = 2.0  # a new gate lets 88 % of z through: near the identity, as the paper advises
-_LOG_SCALE_BOUND = 3.0  # an affine step scales by e^-3..e^3 at most, so that no step explodes
 
 
 class IAF(DirectFamily):
@@ -32,29 +30,32 @@ class IAF(DirectFamily):
         (m_t, s_t) = \operatorname{net}_t(z_{t-1}, c), \qquad \varepsilon \sim \mathcal N(0, I)
 
     .. math::
-        \text{gated:}\quad z_t = \sigma_t \odot z_{t-1} + (1 - \sigma_t) \odot m_t,
-        \quad \sigma_t = \operatorname{sigmoid}(s_t + 2)
+        \text{affine:}\quad z_t = e^{a_t} \odot z_{t-1} + m_t,
+        \qquad a_t = b \tanh(s_t / b), \quad b = \min(3, 6 / T)
 
     .. math::
-        \text{affine:}\quad z_t = e^{s'_t} \odot z_{t-1} + m_t, \quad s'_t = 3 \tanh(s_t / 3)
+        \text{gated:}\quad z_t = e^{b} g_t \odot z_{t-1} + (1 - g_t) \odot m_t,
+        \qquad g_t = e^{a_t - b} \in (e^{-2b}, 1)
 
     .. math::
         \log q(z_T \mid c) = \log \mathcal N(\varepsilon; 0, I) - \sum_i \log \sigma_{0,i}
-        - \sum_t \sum_i \log \sigma_{t,i}
+        - \sum_t \sum_i a_{t,i}
 
-    (:math:`s'` in the place of :math:`\log \sigma` for the affine update). The order of the
-    features is reversed from step to step. A sample carries its log-density and nothing is
-    inverted in training. Another value is inverted exactly, all features at a time, by at most
-    ``latent_dim`` fixed-point iterations a step, fewer where they converge. The derivative at a
-    fixed value, which ``gradient="stl"`` and ``"dreg"`` ask for, costs ``latent_dim``
-    forward-mode columns and one triangular solve a step.
+    All steps together scale by :math:`e^{-6}` to :math:`e^6` at most, so that no training makes
+    them nearly singular. The gate is that of the paper with its shrinkage taken out: what it
+    keeps of :math:`z` is scaled up by :math:`e^b`, or else the base would have to grow against
+    it, and path gradients with it. The order of the features is reversed from step to step. A
+    sample carries its log-density and nothing is inverted in training. Another value is inverted
+    exactly, all features at a time, by at most ``latent_dim`` fixed-point iterations a step,
+    fewer where they converge. The derivative at a fixed value, which ``gradient="stl"`` and
+    ``"dreg"`` ask for, costs ``latent_dim`` forward-mode columns and one triangular solve a step.
 
     Args:
         latent_dim: width of the latent variable; 1 works too.
         context_dim: width of the context, or None for a global posterior.
         hidden_dims: widths of the hidden layers of each net, at least one.
         num_flows: number of steps `T`.
-        update: ``"gated"`` or ``"affine"``.
+        update: ``"affine"`` (eq. 10) or ``"gated"`` (eq. 13-14).
         activation: ``"elu"``, ``"relu"`` or ``"tanh"``.
         rngs: source of the initial weights.
         param_dtype: type of the parameters, JAX's default float if None.
@@ -85,14 +86,15 @@ class IAF(DirectFamily):
         *,
         hidden_dims: Sequence[int] = (64,),
         num_flows: int = 2,
-        update: str = "gated",
+        update: str = "affine",
         activation: str = "elu",
         rngs: nnx.Rngs,
         param_dtype: Any = None,
     ) -> None:
         super().__init__(latent_dim, context_dim)
         num_flows = positive_int("num_flows", num_flows)
-        self.update = one_of("update", update, ("gated", "affine"))
+        self.update = one_of("update", update, ("affine", "gated"))
+        self._bound = log_scale_bound(num_flows)
         dtype = param_dtype_or_default(param_dtype)
         self.base = MeanField(latent_dim, context_dim, rngs=rngs, param_dtype=dtype)
         forwards = tuple(range(latent_dim))
@@ -138,8 +140,8 @@ class _Steps(Transform):
         z = self.loc + jnp.exp(self.log_scale) * noise
         terms = -0.5 * noise**2 - 0.5 * math.log(2.0 * math.pi) - self.log_scale
         for net in self.family.nets:
-            z, log_slope = self._step(z, net(z, self.context))
-            terms = terms - log_slope
+            z, log_scale = self._step(z, net(z, self.context))
+            terms = terms - log_scale
         return z, terms
 
     def inverse(self, value: jax.Array) -> jax.Array:
@@ -152,17 +154,17 @@ class _Steps(Transform):
         score = -noise * jnp.exp(-self.log_scale)
         for net in self.family.nets:
             outputs, slopes = net.jacobian(z, self.context)
-            new, log_slope = self._step(z, outputs)
-            diagonal, shift = jnp.exp(log_slope), outputs[..., 0, :]
+            new, log_scale = self._step(z, outputs)
+            diagonal = jnp.exp(log_scale)
             d_shift, d_log = slopes[..., 0, :, :], slopes[..., 1, :, :]
+            d_log = (1 - (log_scale / self.family._bound) ** 2)[..., None] * d_log
+            moved = diagonal * z
             if self.family.update == "gated":
-                d_log = (1 - diagonal)[..., None] * d_log
-                d_shift = (1 - diagonal)[..., None] * d_shift
-                z = z - shift
-            else:
-                d_log = (1 - (log_slope / _LOG_SCALE_BOUND) ** 2)[..., None] * d_log
+                gate = jnp.exp(log_scale - self.family._bound)
+                d_shift = (1 - gate)[..., None] * d_shift
+                moved = moved - gate * outputs[..., 0, :]
             eye = jnp.eye(self.latent_dim, dtype=z.dtype)
-            jacobian = diagonal[..., None] * (eye + z[..., None] * d_log) + d_shift
+            jacobian = diagonal[..., None] * eye + moved[..., None] * d_log + d_shift
             # In the step's own order the Jacobian is lower triangular.
             order = np.asarray(net.order)
             solved = lax.linalg.triangular_solve(
@@ -178,14 +180,16 @@ class _Steps(Transform):
 
     def _step(self, z: jax.Array, outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One update of ``z``, and the logarithm of its diagonal derivative."""
-        shift, raw = outputs[..., 0, :], outputs[..., 1, :]
-        if self.family.update == "gated":
-            logits = raw + _GATE_BIAS
-            # Written out: a step with the gradient of jax.nn.log_sigmoid takes 1.6 times as long.
-            log_gate = jnp.minimum(logits, 0.0) - jnp.log1p(jnp.exp(-jnp.abs(logits)))
-            return shift + jax.nn.sigmoid(logits) * (z - shift), log_gate
-        log_scale = _LOG_SCALE_BOUND * jnp.tanh(raw / _LOG_SCALE_BOUND)
+        shift, log_scale = self._shift_and_log_scale(outputs)
         return jnp.exp(log_scale) * z + shift, log_scale
+
+    def _shift_and_log_scale(self, outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What a step adds and, as a logarithm, multiplies by."""
+        shift, bound = outputs[..., 0, :], self.family._bound
+        log_scale = bounded(outputs[..., 1, :], bound)
+        if self.family.update == "gated":
+            shift = (1 - jnp.exp(log_scale - bound)) * shift
+        return shift, log_scale
 
     def _undo(self, net: MaskedMLP, target: jax.Array) -> jax.Array:
         """Solve one step for its input, all features at once."""
@@ -199,10 +203,8 @@ class _Steps(Transform):
 
         def refine(state: State) -> State:
             rounds, z, _ = state
-            outputs = net(z, self.context)
-            shift = outputs[..., 0, :]
-            origin = shift if self.family.update == "gated" else 0.0
-            new = origin + (target - shift) * jnp.exp(-self._step(z, outputs)[1])
+            shift, log_scale = self._shift_and_log_scale(net(z, self.context))
+            new = (target - shift) * jnp.exp(-log_scale)
             change = jnp.max(jnp.abs(new - z) / (1 + jnp.abs(new)), initial=0.0)
             return rounds + 1, new, change
 

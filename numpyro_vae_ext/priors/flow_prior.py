@@ -14,11 +14,9 @@ from flax import nnx
 from jax import lax
 
 from numpyro_vae_ext._checks import positive_int, widths
+from numpyro_vae_ext.nn._scales import bounded, log_scale_bound
 from numpyro_vae_ext.nn.masked import MaskedMLP
 from numpyro_vae_ext.priors._base import Law, LawDistribution, param_dtype_or_default
-
-# Log-scales lie within +- this, so that no step can blow up or collapse.
-_LOG_SCALE_BOUND = 3.0
 
 
 class FlowPrior(nnx.Module):
@@ -26,12 +24,14 @@ class FlowPrior(nnx.Module):
 
     .. math::
         u_0 = z, \qquad (m_t, s_t) = \mathrm{net}_t(u_{t-1}), \qquad
-        u_t = (u_{t-1} - m_t) \odot e^{-s_t}, \qquad u_T \sim N(0, I),
+        u_t = (u_{t-1} - m_t) \odot e^{-a_t}, \qquad u_T \sim N(0, I), \\
+        a_t = b \tanh(s_t / b), \qquad b = \min(3, 6 / T),
 
-    where every net is autoregressive and the order is reversed from one step to the next;
-    :math:`s_t` is kept within :math:`\pm 3`. A density is one parallel pass a step,
+    where every net is autoregressive and the order is reversed from one step to the next. All
+    steps together scale by :math:`e^{-6}` to :math:`e^6` at most, so that no training makes them
+    nearly singular. A density is one parallel pass a step,
 
-    .. math:: \log p(z) = \log N(u_T; 0, I) - \sum_t \sum_i s_{t,i}.
+    .. math:: \log p(z) = \log N(u_T; 0, I) - \sum_t \sum_i a_{t,i}.
 
     Such a prior is the inverse of an autoregressive flow as guide: here densities are cheap, which
     is all that training asks of a prior, and samples are sequential, ``latent_dim`` passes a step,
@@ -110,7 +110,7 @@ class _Flow(Law):
     def log_prob(self, value: jax.Array) -> jax.Array:
         u, log_density = value, jnp.zeros_like(value)
         for net in self.prior.nets:
-            shift, log_scale = _shift_and_log_scale(net, u)
+            shift, log_scale = self._shift_and_log_scale(net, u)
             u = (u - shift) * jnp.exp(-log_scale)
             log_density = log_density - log_scale
         log_density = log_density - 0.5 * u**2
@@ -120,24 +120,22 @@ class _Flow(Law):
         dtype = self.prior.nets[0].layers[0].bias[...].dtype
         u = jax.random.normal(key, (*shape, self.event_size), dtype)
         for net in reversed(self.prior.nets):
-            u = _sequentially(net, u)
+            u = self._sequentially(net, u)
         return u
 
+    def _sequentially(self, net: MaskedMLP, target: jax.Array) -> jax.Array:
+        """The inverse of a step, one coordinate after the other."""
+        order = jnp.asarray(net.order)
 
-def _sequentially(net: MaskedMLP, target: jax.Array) -> jax.Array:
-    """The inverse of a step, one coordinate after the other."""
-    order = jnp.asarray(net.order)
+        # The i-th pass sees the coordinates before the i-th, which are final.
+        def fill(i: int, u: jax.Array) -> jax.Array:
+            shift, log_scale = self._shift_and_log_scale(net, u)
+            new = shift + jnp.exp(log_scale) * target
+            return jnp.where(jnp.arange(len(order)) == order[i], new, u)
 
-    # The i-th pass sees the coordinates before the i-th, which are final.
-    def fill(i: int, u: jax.Array) -> jax.Array:
-        shift, log_scale = _shift_and_log_scale(net, u)
-        new = shift + jnp.exp(log_scale) * target
-        return jnp.where(jnp.arange(len(order)) == order[i], new, u)
+        return lax.fori_loop(0, len(order), fill, jnp.zeros_like(target))
 
-    return lax.fori_loop(0, len(order), fill, jnp.zeros_like(target))
-
-
-def _shift_and_log_scale(net: MaskedMLP, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-    outputs = net(u)
-    raw = outputs[..., 1, :]
-    return outputs[..., 0, :], _LOG_SCALE_BOUND * jnp.tanh(raw / _LOG_SCALE_BOUND)
+    def _shift_and_log_scale(self, net: MaskedMLP, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        outputs = net(u)
+        bound = log_scale_bound(len(self.prior.nets))
+        return outputs[..., 0, :], bounded(outputs[..., 1, :], bound)

@@ -15,11 +15,7 @@ from pyro_vae_ext.guides._base import DirectFamily
 from pyro_vae_ext.guides._flow import FlowDistribution, Transform
 from pyro_vae_ext.guides.mean_field import MeanField
 from pyro_vae_ext.nn import MaskedMLP
-
-# Kingma et al. (2016), sec. 4: a bias of 1 or 2 opens the gate, so that a step starts near z.
-_GATE_BIAS = 2.0
-# Log-scales of affine steps lie within +- this, so that no step can blow up or collapse.
-_LOG_SCALE_BOUND = 3.0
+from pyro_vae_ext.nn._scales import bounded, log_scale_bound
 
 
 class IAF(DirectFamily):
@@ -27,16 +23,24 @@ class IAF(DirectFamily):
 
     .. math::
         z_0 = \mu_0(c) + \sigma_0(c) \odot \epsilon, \qquad
-        z_t = \sigma_t \odot z_{t-1} + (1 - \sigma_t) \odot m_t, \qquad
-        (m_t, s_t) = \mathrm{net}_t(z_{t-1}, c), \quad \sigma_t = \mathrm{sigmoid}(s_t + 2),
+        z_t = e^{a_t} \odot z_{t-1} + m_t, \qquad
+        (m_t, s_t) = \mathrm{net}_t(z_{t-1}, c), \quad
+        a_t = b \tanh(s_t / b), \quad b = \min(3, 6 / T),
 
     where every net is autoregressive in :math:`z_{t-1}` and the order is reversed from one step to
-    the next. ``update="affine"`` takes :math:`z_t = e^{s_t} \odot z_{t-1} + m_t` instead, with
-    :math:`s_t` kept within :math:`\pm 3`. Sampling runs all steps in parallel over dimensions
-    and accumulates
+    the next. All steps together scale by :math:`e^{-6}` to :math:`e^6` at most, so that no
+    training makes them nearly singular. ``update="gated"`` takes
+
+    .. math::
+        z_t = e^b g_t \odot z_{t-1} + (1 - g_t) \odot m_t, \qquad
+        g_t = e^{a_t - b} \in (e^{-2b}, 1)
+
+    instead: the gate of the paper with its shrinkage taken out. What it keeps of :math:`z` is
+    scaled up by :math:`e^b`, or else the base would have to grow against it, and path gradients
+    with it. Sampling runs all steps in parallel over dimensions and accumulates
 
     .. math:: \log q(z_T \mid c) = \log N(\epsilon; 0, I) - \sum_i \Big(\log \sigma_{0,i}
-              + \sum_t \log \sigma_{t,i}\Big),
+              + \sum_t a_{t,i}\Big),
 
     so that no step is inverted in training. A foreign value is scored by an exact inverse: a
     fixed-point iteration over all dimensions at once, which ends when it no longer moves and
@@ -49,7 +53,7 @@ class IAF(DirectFamily):
         context_dim: Width of the context, or None for a global posterior.
         hidden_dims: Widths of the hidden layers of each step's masked network.
         num_flows: Number of steps; at least two are advisable, since the order alternates.
-        update: ``"gated"`` (eq. 13-14 of the paper) or ``"affine"`` (eq. 10).
+        update: ``"affine"`` (eq. 10 of the paper) or ``"gated"`` (eq. 13-14).
         activation: ``"elu"``, ``"relu"`` or ``"tanh"``.
 
     Raises:
@@ -75,12 +79,13 @@ class IAF(DirectFamily):
         *,
         hidden_dims: Sequence[int] = (64,),
         num_flows: int = 2,
-        update: str = "gated",
+        update: str = "affine",
         activation: str = "elu",
     ) -> None:
         super().__init__(latent_dim, context_dim)
         positive_int("num_flows", num_flows)
-        self.update = one_of("update", update, ("gated", "affine"))
+        self.update = one_of("update", update, ("affine", "gated"))
+        self._bound = log_scale_bound(num_flows)
         self.base = MeanField(latent_dim, context_dim)
         forward = tuple(range(latent_dim))
         self.nets = nn.ModuleList(
@@ -115,12 +120,17 @@ class _Steps(Transform):
 
     def _step(self, z: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """One update of ``z``, and the logarithm of its diagonal derivative."""
-        shift, raw = outputs.unbind(-2)
-        if self.family.update == "gated":
-            gate = torch.sigmoid(raw + _GATE_BIAS)
-            return shift + gate * (z - shift), torch.nn.functional.logsigmoid(raw + _GATE_BIAS)
-        log_scale = _LOG_SCALE_BOUND * torch.tanh(raw / _LOG_SCALE_BOUND)
+        shift, log_scale = self._shift_and_log_scale(outputs)
         return z * log_scale.exp() + shift, log_scale
+
+    def _shift_and_log_scale(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """What a step adds and, as a logarithm, multiplies by."""
+        shift, raw = outputs.unbind(-2)
+        bound = self.family._bound
+        log_scale = bounded(raw, bound)
+        if self.family.update == "gated":
+            shift = shift * (1.0 - (log_scale - bound).exp())
+        return shift, log_scale
 
     def forward(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         z = self.loc + self.log_scale.exp() * noise
@@ -159,24 +169,21 @@ class _Steps(Transform):
         gradient = -noise * (-self.log_scale).exp()
         for net in self.family.nets:
             outputs, jacobian = net.jacobian(z, self.context)
-            shift, raw = outputs.unbind(-2)
-            shift_rows, raw_rows = jacobian.unbind(-3)
+            new, log_scale = self._step(z, outputs)
+            scale, bound = log_scale.exp(), self.family._bound
+            shift_rows, log_rows = jacobian.unbind(-3)
+            log_rows = (1.0 - (log_scale / bound).square()).unsqueeze(-1) * log_rows
+            moved = scale * z
             if self.family.update == "gated":
-                gate = torch.sigmoid(raw + _GATE_BIAS)
-                log_rows = (1.0 - gate).unsqueeze(-1) * raw_rows
-                scale, offset, mix = gate, z - shift, 1.0 - gate
-            else:
-                slope = 1.0 - torch.tanh(raw / _LOG_SCALE_BOUND).square()
-                log_rows = slope.unsqueeze(-1) * raw_rows
-                scale = (_LOG_SCALE_BOUND * torch.tanh(raw / _LOG_SCALE_BOUND)).exp()
-                offset, mix = z, torch.ones_like(z)
+                gate = (log_scale - bound).exp()
+                shift_rows = (1.0 - gate).unsqueeze(-1) * shift_rows
+                moved = moved - gate * outputs[..., 0, :]
             # dz_t/dz_{t-1}: triangular in the order of the net, with `scale` on the diagonal.
-            step = (scale * offset).unsqueeze(-1) * log_rows + mix.unsqueeze(-1) * shift_rows
-            step = step + torch.diag_embed(scale)
+            step = moved.unsqueeze(-1) * log_rows + shift_rows + torch.diag_embed(scale)
             gradient = torch.linalg.solve_triangular(
                 step.mT,
                 (gradient - log_rows.sum(-2)).unsqueeze(-1),
                 upper=net.order[0] <= net.order[-1],
             ).squeeze(-1)
-            z, _ = self._step(z, outputs)
+            z = new
         return gradient

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from pyro_vae_ext._checks import positive_int
 from pyro_vae_ext.nn import MaskedMLP
+from pyro_vae_ext.nn._scales import bounded, log_scale_bound
 from pyro_vae_ext.priors._base import Law, LawDistribution
-
-# Log-scales lie within +- this, so that no step can blow up or collapse.
-_LOG_SCALE_BOUND = 3.0
 
 
 class FlowPrior(nn.Module):
@@ -23,12 +21,14 @@ class FlowPrior(nn.Module):
 
     .. math::
         u_0 = z, \qquad (m_t, s_t) = \mathrm{net}_t(u_{t-1}), \qquad
-        u_t = (u_{t-1} - m_t) \odot e^{-s_t}, \qquad u_T \sim N(0, I),
+        u_t = (u_{t-1} - m_t) \odot e^{-a_t}, \qquad u_T \sim N(0, I), \\
+        a_t = b \tanh(s_t / b), \qquad b = \min(3, 6 / T),
 
-    where every net is autoregressive and the order is reversed from one step to the next;
-    :math:`s_t` is kept within :math:`\pm 3`. A density is one parallel pass a step,
+    where every net is autoregressive and the order is reversed from one step to the next. All
+    steps together scale by :math:`e^{-6}` to :math:`e^6` at most, so that no training makes them
+    nearly singular. A density is one parallel pass a step,
 
-    .. math:: \log p(z) = \log N(u_T; 0, I) - \sum_t \sum_i s_{t,i}.
+    .. math:: \log p(z) = \log N(u_T; 0, I) - \sum_t \sum_i a_{t,i}.
 
     Such a prior is the inverse of an autoregressive flow as guide: here densities are cheap, which
     is all that training asks of a prior, and samples are sequential, ``latent_dim`` passes a step,
@@ -94,12 +94,13 @@ class _Flow(Law):
     def __init__(self, prior: FlowPrior) -> None:
         self.nets = prior.nets
         self.event_size = prior.latent_dim
+        self.bound = log_scale_bound(len(prior.nets))
 
     def log_prob(self, value: Tensor) -> Tensor:
         u = value
         log_density = torch.zeros_like(value)
         for net in self.nets:
-            shift, log_scale = _shift_and_log_scale(net, u)
+            shift, log_scale = self._shift_and_log_scale(net, u)
             u = (u - shift) * (-log_scale).exp()
             log_density = log_density - log_scale
         log_density = log_density - 0.5 * u.square()
@@ -112,11 +113,10 @@ class _Flow(Law):
             target, u = u, torch.zeros_like(u)
             # The i-th pass sees the coordinates before the i-th, which are final.
             for i in net.order:
-                shift, log_scale = _shift_and_log_scale(net, u)
+                shift, log_scale = self._shift_and_log_scale(net, u)
                 u[..., i] = shift[..., i] + log_scale[..., i].exp() * target[..., i]
         return u
 
-
-def _shift_and_log_scale(net: nn.Module, u: Tensor) -> tuple[Tensor, Tensor]:
-    shift, raw = net(u).unbind(-2)
-    return shift, _LOG_SCALE_BOUND * torch.tanh(raw / _LOG_SCALE_BOUND)
+    def _shift_and_log_scale(self, net: nn.Module, u: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = net(u).unbind(-2)
+        return shift, bounded(raw, self.bound)

@@ -36,7 +36,7 @@ def log_prob(value, weights, context, family, activation):
     if name == "MeanField":
         heads = mean_field.heads(weights, context, activation)
         return mean_field.log_prob(value, *heads)
-    update = options.get("update", "gated")
+    update = options.get("update", "affine")
     return iaf.log_prob(value, weights, context, update=update, activation=activation)
 
 

@@ -3,8 +3,9 @@
 `z_0 = mu_0 + sigma_0 eps`, then one masked autoregressive network per step, in the
 natural order of the features at even steps and in the reversed order at odd ones:
 
-- gated: `sigma_t = sigmoid(s_t + 2)`, `z_t = sigma_t z_{t-1} + (1 - sigma_t) m_t`;
-- affine: `sigma_t = exp(3 tanh(s_t / 3))`, `z_t = sigma_t z_{t-1} + m_t`.
+- affine: `z_t = sigma_t z_{t-1} + m_t` with `sigma_t = exp(b tanh(s_t / b))` and
+  `b = min(3, 6 / T)`;
+- gated: `z_t = sigma_t z_{t-1} + (1 - g_t) m_t` with the same `sigma_t` and `g_t = sigma_t e^-b`.
 
 The inverse below solves one coordinate at a time, in the order of the step, and shares
 nothing with a fixed-point solver.
@@ -37,18 +38,24 @@ def _order(step, features):
     return np.arange(features) if step % 2 == 0 else np.arange(features)[::-1]
 
 
-def _shift_and_log_scale(z, net, context, step, update, activation):
+def log_scale_bound(num_flows):
+    """What bounds the log-scales of a step: 3, and 6 for all steps together."""
+    return min(3.0, 6.0 / num_flows)
+
+
+def _shift_and_log_scale(z, nets, context, step, update, activation):
     outputs = masked.forward(
-        z, net, context, order=_order(step, z.shape[-1]), activation=activation
+        z, nets[step], context, order=_order(step, z.shape[-1]), activation=activation
     )
     m, s = outputs[..., 0, :], outputs[..., 1, :]
+    bound = log_scale_bound(len(nets))
+    log_sigma = bound * np.tanh(s / bound)
     if update == "gated":
-        log_sigma = -np.log(1.0 + np.exp(-(s + 2.0)))
-        return (1.0 - np.exp(log_sigma)) * m, log_sigma
-    return m, 3.0 * np.tanh(s / 3.0)
+        return (1.0 - np.exp(log_sigma - bound)) * m, log_sigma
+    return m, log_sigma
 
 
-def forward(noise, weights, context=None, *, update="gated", activation="elu"):
+def forward(noise, weights, context=None, *, update="affine", activation="elu"):
     """`(z, log q(z))` of standard Normal noise `(*batch, D)`.
 
     Args:
@@ -56,29 +63,28 @@ def forward(noise, weights, context=None, *, update="gated", activation="elu"):
         weights: arrays named as in a PyTorch state dict: `base.*` as in
             `mean_field.heads`, `nets.<t>.*` as in `masked.forward`.
         context: `(*batch, context_dim)` or `None`.
-        update: `"gated"` or `"affine"`.
+        update: `"affine"` or `"gated"`.
         activation: activation of the networks and of the base's trunk.
     """
     loc, log_scale = mean_field.heads(_part(weights, "base."), context, activation)
     z = mean_field.sample(noise, loc, log_scale)
     log_q = np.sum(-0.5 * noise**2 - 0.5 * mean_field.LOG_2PI - log_scale, axis=-1)
-    for step, net in enumerate(_nets(weights)):
-        shift, log_sigma = _shift_and_log_scale(z, net, context, step, update, activation)
+    nets = _nets(weights)
+    for step in range(len(nets)):
+        shift, log_sigma = _shift_and_log_scale(z, nets, context, step, update, activation)
         z = np.exp(log_sigma) * z + shift
         log_q = log_q - np.sum(log_sigma, axis=-1)
     return z, log_q
 
 
-def inverse(value, weights, context=None, *, update="gated", activation="elu"):
+def inverse(value, weights, context=None, *, update="affine", activation="elu"):
     """The noise that `forward` maps to `value`, one coordinate at a time."""
     z = np.asarray(value)
     nets = _nets(weights)
     for step in reversed(range(len(nets))):
         before = np.zeros(z.shape, dtype=z.dtype)
         for i in _order(step, z.shape[-1]):
-            shift, log_sigma = _shift_and_log_scale(
-                before, nets[step], context, step, update, activation
-            )
+            shift, log_sigma = _shift_and_log_scale(before, nets, context, step, update, activation)
             solved = (z[..., i] - shift[..., i]) * np.exp(-log_sigma[..., i])
             dtype = np.result_type(before, solved)
             before = before.astype(dtype, copy=False)
@@ -88,13 +94,13 @@ def inverse(value, weights, context=None, *, update="gated", activation="elu"):
     return (z - loc) * np.exp(-log_scale)
 
 
-def log_prob(value, weights, context=None, *, update="gated", activation="elu"):
+def log_prob(value, weights, context=None, *, update="affine", activation="elu"):
     """`log q(z)` at any `value` through the sequential inverse."""
     noise = inverse(value, weights, context, update=update, activation=activation)
     return forward(noise, weights, context, update=update, activation=activation)[1]
 
 
-def score(value, weights, context=None, *, update="gated", activation="elu"):
+def score(value, weights, context=None, *, update="affine", activation="elu"):
     """`d log q(z) / d z` at a fixed parameter, `(*batch, D)`."""
     return complex_step.jacobian(
         lambda z: log_prob(z, weights, context, update=update, activation=activation),

@@ -17,7 +17,6 @@ from . import iaf, masked, mean_field, vgp
 from .auxiliary import joined, part
 
 LOG_2PI = np.log(2.0 * np.pi)
-BOUND = 3.0  # of the log-scales of a flow's step
 
 
 def log_sum(x, axis=-1):
@@ -48,16 +47,18 @@ def _order(step, features):
     return np.arange(features) if step % 2 == 0 else np.arange(features)[::-1]
 
 
-def _shift_and_log_scale(u, net, step, activation):
-    outputs = masked.forward(u, net, order=_order(step, u.shape[-1]), activation=activation)
-    return outputs[..., 0, :], BOUND * np.tanh(outputs[..., 1, :] / BOUND)
+def _shift_and_log_scale(u, nets, step, activation):
+    order, bound = _order(step, u.shape[-1]), iaf.log_scale_bound(len(nets))
+    outputs = masked.forward(u, nets[step], order=order, activation=activation)
+    return outputs[..., 0, :], bound * np.tanh(outputs[..., 1, :] / bound)
 
 
 def flow(value, weights, activation="elu"):
-    """`log p(z)` of the flow: `u_t = (u_{t-1} - m_t) exp(-s_t)`, `u_T ~ N(0, I)`."""
+    """`log p(z)` of the flow: `u_t = (u_{t-1} - m_t) exp(-a_t)`, `u_T ~ N(0, I)`."""
     u, log_slope = value, 0.0
-    for step, net in enumerate(_nets(weights)):
-        shift, log_scale = _shift_and_log_scale(u, net, step, activation)
+    nets = _nets(weights)
+    for step in range(len(nets)):
+        shift, log_scale = _shift_and_log_scale(u, nets, step, activation)
         u = (u - shift) * np.exp(-log_scale)
         log_slope = log_slope + np.sum(log_scale, axis=-1)
     return np.sum(-0.5 * u**2 - 0.5 * LOG_2PI, axis=-1) - log_slope
@@ -72,7 +73,7 @@ def flow_sample(noise, weights, activation="elu"):
         for i in _order(step, u.shape[-1]):
             # What has not been drawn yet is no number, and must not be looked at.
             known = np.where(np.isnan(u), 0.0, u)
-            shift, log_scale = _shift_and_log_scale(known, nets[step], step, activation)
+            shift, log_scale = _shift_and_log_scale(known, nets, step, activation)
             u[..., i] = shift[..., i] + np.exp(log_scale[..., i]) * target[..., i]
     return u
 

@@ -83,7 +83,7 @@ def test_arguments_of_the_objective(arguments: dict, kind: type, text: str) -> N
         (
             "IAF",
             {"latent_dim": 2, "update": "x"},
-            "Expected update to be 'gated' or 'affine'; got 'x'.",
+            "Expected update to be 'affine' or 'gated'; got 'x'.",
         ),
         (
             "MeanField",

@@ -315,3 +315,23 @@ def test_mean_weight_is_the_evidence(name: str, case: dict) -> None:
     assert draws.shape == (20_000, *np.shape(truth))
     assert np.abs(z_score(draws, 1.0)).max() < 4
     assert z_score(np.log(draws), 0.0).max() < 4  # and the bound is below
+
+
+@pytest.mark.parametrize("update", ["affine", "gated"])
+@pytest.mark.parametrize(("num_flows", "total"), [(1, 3.0), (2, 6.0), (8, 6.0)])
+def test_scales_are_bounded(exact: None, update: str, num_flows: int, total: float) -> None:
+    """Whatever the nets say: at their bounds the flow is a Normal whose scale is known."""
+    posterior = family("IAF", latent_dim=2, context_dim=None, num_flows=num_flows, update=update)
+
+    @jax.jit
+    def log_prob(posterior: nnx.Module, value: jax.Array, sign: jax.Array) -> jax.Array:
+        for net in posterior.nets:
+            net.layers[-1].kernel[...] *= 0
+            net.layers[-1].bias[...] = sign * jnp.array([0.0, 0.0, 1e6, 1e6])
+        return posterior.log_prob(value)
+
+    for sign in (-1.0, 1.0):
+        scale = np.exp(sign * total)
+        value = scale * jnp.array([[0.3, -1.2]])
+        expected = dist.Normal(0.0, scale).log_prob(value).sum(-1)
+        np.testing.assert_allclose(log_prob(posterior, value, sign), expected, rtol=1e-9)

@@ -129,6 +129,20 @@ def test_samples_of_a_flow_are_sequential(exact: None, name: str, case: dict) ->
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("num_flows", "total"), [(1, 3.0), (2, 6.0), (8, 6.0)])
+def test_scales_of_a_flow_are_bounded(exact: None, num_flows: int, total: float) -> None:
+    """Whatever the nets say: at their bounds the flow is a Normal whose scale is known."""
+    prior = priors.FlowPrior(2, num_flows=num_flows, rngs=nnx.Rngs(0))
+    for sign in (-1.0, 1.0):
+        for net in prior.nets:
+            net.layers[-1].kernel[...] *= 0
+            net.layers[-1].bias[...] = sign * jnp.array([0.0, 0.0, 1e6, 1e6])
+        scale = np.exp(sign * total)
+        value = scale * jnp.array([0.3, -1.2])
+        expected = dist.Normal(0.0, scale).log_prob(value).sum()
+        np.testing.assert_allclose(prior().log_prob(value), expected, rtol=1e-9)
+
+
 FUNCTIONS = (
     lambda z: z[..., 0],
     lambda z: z[..., -1],

@@ -67,7 +67,7 @@ def test_samples_and_log_densities(monkeypatch: pytest.MonkeyPatch, name: str, c
         z, density = mean_field.sample(noise, *heads), None
         density = mean_field.log_prob(z, *heads)
     else:
-        update = case.get("update", "gated")
+        update = case.get("update", "affine")
         z, density = iaf.forward(noise, weights, context, update=update, activation=activation)
     np.testing.assert_allclose(a[0].detach().numpy(), z, **close)
     np.testing.assert_allclose(a[1].detach().numpy(), density, **close)

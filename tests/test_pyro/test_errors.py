@@ -58,7 +58,7 @@ def test_objective_options(kwargs: dict, error: type[Exception], text: str) -> N
         (
             "IAF",
             {"latent_dim": 2, "update": "x"},
-            "Expected update to be 'gated' or 'affine'; got 'x'.",
+            "Expected update to be 'affine' or 'gated'; got 'x'.",
         ),
         (
             "IAF",

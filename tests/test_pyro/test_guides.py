@@ -39,7 +39,7 @@ def reference_log_prob(name: str, case: dict, weights: dict, value, context):
     if name == "MeanField":
         heads = mean_field.heads(weights, context, case.get("activation", "elu"))
         return mean_field.log_prob(value, *heads)
-    options = {"update": case.get("update", "gated"), "activation": case.get("activation", "elu")}
+    options = {"update": case.get("update", "affine"), "activation": case.get("activation", "elu")}
     return iaf.log_prob(value, weights, context, **options)
 
 
@@ -258,3 +258,18 @@ def test_mean_weight_is_the_evidence(name: str, case: dict) -> None:
         assert abs(standard_errors(draws, math.exp(log_evidence))) < 4
         # The weights vary little enough for their standard error to mean something.
         assert draws.std() < 20 * draws.mean()
+
+
+@pytest.mark.parametrize("update", ["affine", "gated"])
+@pytest.mark.parametrize(("num_flows", "total"), [(1, 3.0), (2, 6.0), (8, 6.0)])
+def test_scales_are_bounded(exact: None, update: str, num_flows: int, total: float) -> None:
+    """Whatever the nets say: at their bounds the flow is a Normal whose scale is known."""
+    posterior = family("IAF", latent_dim=2, context_dim=None, num_flows=num_flows, update=update)
+    for sign in (-1.0, 1.0):
+        with torch.no_grad():
+            for net in posterior.nets:
+                net.layers[-1].weight.zero_()
+                net.layers[-1].bias.copy_(torch.tensor([0.0, 0.0, 1e6, 1e6]) * sign)
+        value = torch.tensor([[0.3, -1.2]]) * math.exp(sign * total)
+        expected = dist.Normal(0.0, math.exp(sign * total)).log_prob(value).sum(-1)
+        torch.testing.assert_close(posterior.log_prob(value), expected)

@@ -114,6 +114,20 @@ def test_samples_of_a_flow_are_sequential(
     np.testing.assert_allclose(array(make().sample((7,))), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("num_flows", "total"), [(1, 3.0), (2, 6.0), (8, 6.0)])
+def test_scales_of_a_flow_are_bounded(exact: None, num_flows: int, total: float) -> None:
+    """Whatever the nets say: at their bounds the flow is a Normal whose scale is known."""
+    prior = priors.FlowPrior(2, num_flows=num_flows)
+    for sign in (-1.0, 1.0):
+        with torch.no_grad():
+            for net in prior.nets:
+                net.layers[-1].weight.zero_()
+                net.layers[-1].bias.copy_(torch.tensor([0.0, 0.0, 1e6, 1e6]) * sign)
+        value = torch.tensor([0.3, -1.2]) * math.exp(sign * total)
+        expected = dist.Normal(0.0, math.exp(sign * total)).log_prob(value).sum()
+        torch.testing.assert_close(prior().log_prob(value), expected)
+
+
 LAWS = [
     pytest.param("Mixture", {"latent_dim": 2, "num_components": 3}, "", id="Mixture"),
     pytest.param("FlowPrior", {"latent_dim": 2, "hidden_dims": (6,)}, "", id="FlowPrior"),
