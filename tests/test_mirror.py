@@ -53,6 +53,9 @@ ALIASES = {PYRO: {"forward": "__call__"}, NUMPYRO: {}}
 HOST_CONTRACT = {"loss", "loss_and_grads", "differentiable_loss", "loss_with_mutable_state"}
 # What is stepped, and the state of it, is the host's own: an SVI that is compiled has its methods.
 HOST_CONTRACT |= {"evaluate", "init", "get_params", "reset", "run", "step", "update"}
+# The bijection of a guide, for the host's NeuTra: of parameters in one host, of arguments in the
+# other.
+HOST_CONTRACT |= {"get_base_dist", "get_posterior", "get_transform"}
 # So with a distribution's methods, which one host may have ready-made.
 DISTRIBUTION_CONTRACT = {"entropy", "enumerate_support", "expand", "log_prob", "sample"}
 # The sections that a public docstring must have, by family.

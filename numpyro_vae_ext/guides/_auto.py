@@ -155,7 +155,8 @@ class FamilyGuide(AutoGuide):
         init = init if isinstance(init, partial) else init()
         scratch.init_loc_fn = partial(_initial_value, init=init, guide=type(self).__name__)
         with handlers.block(), handlers.seed(rng_seed=rng_key):
-            scratch._setup_prototype(*args, **kwargs)
+            # Not what AutoContinuous makes of it: it keeps what is traced.
+            AutoGuide._setup_prototype(scratch, *args, **kwargs)
         return scratch
 
     def _layout(self, args: Any, kwargs: Any) -> tuple[list[Site], dict[str, int]]:
@@ -173,7 +174,9 @@ class FamilyGuide(AutoGuide):
             self._remember(messages, sites, args, kwargs)
         return sites, dict(found[0]._prototype_frame_full_sizes)
 
-    def _remember(self, messages: dict[str, Any], sites: list[Site], args: Any, kwargs: Any) -> None:
+    def _remember(
+        self, messages: dict[str, Any], sites: list[Site], args: Any, kwargs: Any
+    ) -> None:
         """What later questions need of the first call; nothing traced."""
         # The host's lists and reparameterisers read it.
         self.prototype_trace = {

@@ -14,13 +14,13 @@ from jax import lax
 from numpyro.contrib.module import nnx_module
 from numpyro.infer.initialization import init_to_median
 
-from numpyro_vae_ext.guides._auto import AUXILIARY, Latents, Site
+from numpyro_vae_ext.guides._auto import AUXILIARY, Latents, Site, Values
 from numpyro_vae_ext.guides._base import GuideFamily
-from numpyro_vae_ext.guides._queries import QueriedGuide
+from numpyro_vae_ext.guides._transport import TransportGuide, with_params
 from numpyro_vae_ext.guides.iaf import IAF
 
 
-class AutoPosterior(QueriedGuide):
+class AutoPosterior(TransportGuide):
     r"""A guide for all continuous latent sites of a model, jointly, with any family.
 
     The sites are unconstrained by ``biject_to``, flattened and put side by side into one vector
@@ -117,6 +117,16 @@ class AutoPosterior(QueriedGuide):
         parts, scales = _split(self._sites, vector), _split(self._sites, jnp.log(scale))
         # In no plate, as in the host's joint guides: there is one weight for all rows anyway.
         return Latents(self._sites, dict(parts), dict(scales), {}, {})
+
+    def _posterior(self, params: dict[str, Any]) -> tuple[GuideFamily | None, Any, Any]:
+        if self._family is None:
+            return None, None, None
+        family = with_params(self._family, params.get(f"{self.prefix}_family$params", {}))
+        start = params[f"{self.prefix}_loc"]
+        return family, start, jnp.asarray(self._scale, start.dtype)
+
+    def _unpack_latent(self, vector: jax.Array) -> Values:
+        return dict(_split(self._sites, vector))
 
     def _start(self, rng_key: jax.Array, args: Any, kwargs: Any) -> jax.Array:
         """Where the host puts the sites, unconstrained; asked for where it is no parameter yet."""

@@ -147,7 +147,8 @@ class FamilyGuide(AutoGuide):
         init = partial(_initial_value, init_loc_fn, type(self).__name__)
         names: set[str] = set()
         started = InitMessenger(init)(poutine.block(model, hide_fn=partial(_is_foreign, names)))
-        super().__init__(started, create_plates=create_plates)
+        # Not that of AutoContinuous, which wraps the model once more.
+        AutoGuide.__init__(self, started, create_plates=create_plates)
         # The host's property is the first of these.
         self._model: Any = (started, model)
         self._names = names  # of the latent sites, once they are known
@@ -167,7 +168,7 @@ class FamilyGuide(AutoGuide):
         # A run that leaves no trace: no gradient, no random number used up.
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.no_grad(), torch.random.fork_rng(devices):
-            super()._setup_prototype(*args, **kwargs)
+            AutoGuide._setup_prototype(self, *args, **kwargs)
         if not self._names:
             # What was observed at the first call may be latent later, and is hidden then.
             self._names.update(self.prototype_trace.stochastic_nodes)

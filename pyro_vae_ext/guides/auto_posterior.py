@@ -17,11 +17,11 @@ from pyro_vae_ext.guides._auto import (
 )
 from pyro_vae_ext.guides._base import GuideFamily
 from pyro_vae_ext.guides._hierarchy import AUXILIARY, built
-from pyro_vae_ext.guides._queries import QueriedGuide
+from pyro_vae_ext.guides._transport import TransportGuide
 from pyro_vae_ext.guides.iaf import IAF
 
 
-class AutoPosterior(QueriedGuide):
+class AutoPosterior(TransportGuide):
     r"""Guide of any family over all continuous latents of a model, as one vector.
 
     .. math:: z \sim q_\phi, \qquad u = m + s \odot z, \qquad \theta_i = T_i(u_i), \qquad
@@ -128,6 +128,11 @@ class AutoPosterior(QueriedGuide):
             split(self._sites, vector), log_scales, strict=True
         ):
             yield site, value, -sum_rightmost(log_scale, len(site.event))
+
+    def _posterior(self) -> tuple[GuideFamily | None, Any, Any]:
+        if "latent" not in self._modules:
+            return None, None, None
+        return self.latent.family, self.latent.loc.detach(), self.latent.scale
 
 
 class _Located(nn.Module):
