@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +55,18 @@ class Chosen(Messenger):
             msg["value"] = self.choose(msg)
 
 
+class Watch(Messenger):
+    """Shows every sample statement to a function while a program runs."""
+
+    def __init__(self, fn: Program, look: Callable[[Any], None]) -> None:
+        super().__init__(fn)
+        self.look = look
+
+    def postprocess_message(self, msg: Any) -> None:
+        if msg["type"] == "sample":
+            self.look(msg)
+
+
 class Recorder(NamedTuple):
     """Runs guide and model under the key of one particle.
 
@@ -75,10 +88,13 @@ class Recorder(NamedTuple):
         """Sites and mutable state of the model at the guide's values."""
         return self._record(self.pair.model, random.split(self.rng_key)[0], params, values)
 
-    def predictive(self, params: Params, values: Sites) -> Sites:
-        """The model at the guide's values, its observed sites drawn anew."""
+    def predictive(
+        self, params: Params, values: Sites, look: Callable[[Any], None] | None = None
+    ) -> Sites:
+        """The model at the guide's values, its observed sites drawn anew; ``look`` sees them."""
         key = random.fold_in(self.rng_key, 1)
-        return self._record(self.pair.model, key, params, values, None, uncondition)
+        outer = () if look is None else (partial(Watch, look=look),)
+        return self._record(self.pair.model, key, params, values, None, uncondition, *outer)
 
     def _record(
         self,

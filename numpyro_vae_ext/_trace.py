@@ -1,9 +1,9 @@
 """What a run is worth: a (model, guide) pair in, log-weights out.
 
 :func:`run` executes guide and model once, for one particle, and returns what an objective needs:
-the log-weights with the plate bookkeeping done. :func:`draw` also returns what was drawn, and
-:func:`play` the sites themselves, at chosen values of the discrete ones. All are pure functions of
-keys, parameters and data: callers ``vmap``, loop, differentiate and compile them.
+the log-weights with the plate bookkeeping done. :func:`play` returns the sites themselves, at
+chosen values of the discrete ones. All are pure functions of keys, parameters and data: callers
+``vmap``, loop, differentiate and compile them.
 """
 
 from __future__ import annotations
@@ -64,26 +64,6 @@ class LogWeights:
     score: jax.Array | None = None
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Draw:
-    """Latent values of a guide, the data of the model, and new data drawn from it.
-
-    Attributes:
-        latent: By site, ``(*plates, *event)``; without auxiliaries.
-        observed: By site, ``(*plates, *event)``; without factors.
-        predictive: New values of the observed sites.
-        log_weights: Of this draw.
-        plates: By site, its plates from left to right; static.
-    """
-
-    latent: dict[str, jax.Array]
-    observed: dict[str, jax.Array]
-    predictive: dict[str, jax.Array]
-    log_weights: LogWeights
-    plates: tuple[tuple[str, Plates], ...] = field(metadata={"static": True})
-
-
 def shared_key(rng_key: jax.Array) -> jax.Array:
     """The key of a call's subsamples, apart from the keys of its particles."""
     return random.fold_in(rng_key, zlib.crc32(b"subsample"))
@@ -124,7 +104,7 @@ def run(
         _checks.check_reparameterised(latents, gradient)
     if weight is not None:
         latents = _path.weighed(record.guide, params, latents, weight, plates)
-    modelled = _modelled(record, params, drawn, latents)
+    modelled = model_at(record, params, drawn, latents)
     if path:
         log_q = _path.path_log_probs(record.guide, params, sample_sites(drawn), latents)
     else:
@@ -137,7 +117,7 @@ def run(
         return LogWeights(total, jnp.ones((), total.dtype), state, ())
     if scored:
         _checks.check_discrete(latent_sites(modelled), latents)
-    found = _weights(modelled, drawn, log_p, log_q, state)
+    found = weights_of(modelled, drawn, log_p, log_q, state)
     if not scored:
         return found
     score = [
@@ -171,33 +151,11 @@ def play(
     # What a program keeps in its mutable state must not end up in the caller's.
     params = jax.tree.map(lambda x: x, params)
     drawn = record.guide(params, choose=choose)
-    modelled = _modelled(record, params, drawn, latent_sites(drawn))
+    modelled = model_at(record, params, drawn, latent_sites(drawn))
     _checks.check_discrete(latent_sites(modelled), latent_sites(drawn))
     _checks.check_same_weight(sample_sites(modelled), sample_sites(drawn))
     state = lax.stop_gradient({**mutable_state(drawn), **mutable_state(modelled)})
     return sample_sites(drawn), sample_sites(modelled), state
-
-
-def draw(
-    rng_key: jax.Array, plate_key: jax.Array, params: Params, pair: Pair, *, predictive: bool
-) -> Draw:
-    """Draw from the guide once and weigh the draw; draw new data from it as well if asked."""
-    record = Recorder(pair, rng_key, plate_key)
-    drawn = record.guide(params)
-    latents = latent_sites(drawn)
-    modelled = _modelled(record, params, drawn, latents)
-    kept = {k: site for k, site in latents.items() if not site["infer"].get("is_auxiliary")}
-    data = {k: site for k, site in sample_sites(modelled).items() if _checks.is_data(site)}
-    new = record.predictive({**params, **mutable_state(drawn)}, latents) if predictive else {}
-    # The model's plates: a joint guide may draw all rows at once, outside of any.
-    plates = {name: _plates(modelled[name]) for name in (*kept, *data)}
-    return Draw(
-        latent={name: _rows_first(modelled[name], site["value"]) for name, site in kept.items()},
-        observed={name: _rows_first(site, site["value"]) for name, site in data.items()},
-        predictive={name: _rows_first(data[name], new[name]["value"]) for name in data if new},
-        log_weights=_weights(modelled, drawn, log_probs(modelled), log_probs(drawn), {}),
-        plates=tuple(plates.items()),
-    )
 
 
 def pair_sites(
@@ -208,7 +166,7 @@ def pair_sites(
     params = jax.tree.map(lambda x: x, params)
     drawn = record.guide(params)
     latents = latent_sites(drawn)
-    modelled = _modelled(record, params, drawn, latents)
+    modelled = model_at(record, params, drawn, latents)
     _checks.check_density(latent_sites(modelled), latents)
     return sample_sites(modelled), sample_sites(drawn)
 
@@ -321,35 +279,22 @@ def chunk_sizes(rng_key: jax.Array, params: Params, pair: Pair) -> tuple[int, in
     return max(1, min(100, MOST_NUMBERS // widest)), max(1, at_a_time // widest)
 
 
-def _plates(site: Any) -> Plates:
-    return tuple(sorted(site["cond_indep_stack"], key=lambda plate: plate.dim))
-
-
-def _rows_first(site: Any, value: Any) -> jax.Array:
-    """A value as ``(*plates, *rest)``, dimensions of size 1 that no plate declares dropped."""
-    value, event_dim = jnp.broadcast_to(value, site["fn"].shape()), site["fn"].event_dim
-    rows = [plate.dim - event_dim + value.ndim for plate in _plates(site)]
-    rest = [axis for axis in range(value.ndim) if axis not in rows]
-    batch = value.ndim - event_dim
-    dropped = [axis for axis in rest if axis < batch and value.shape[axis] == 1]
-    value = jnp.transpose(value, (*rows, *dropped, *(a for a in rest if a not in dropped)))
-    return jnp.squeeze(value, tuple(range(len(rows), len(rows) + len(dropped))))
-
-
-def _modelled(record: Recorder, params: Params, drawn: Sites, latents: Sites) -> Sites:
+def model_at(record: Recorder, params: Params, drawn: Sites, latents: Sites) -> Sites:
+    """Run the model at the guide's values, and check that the two match."""
     modelled = record.model({**params, **mutable_state(drawn)}, latents)
     _checks.check_match(latent_sites(modelled), latents)
     _checks.check_data(sample_sites(modelled))
     return modelled
 
 
-def _weights(
+def weights_of(
     modelled: Sites,
     drawn: Sites,
     log_p: dict[str, jax.Array],
     log_q: dict[str, jax.Array],
     state: Params,
 ) -> LogWeights:
+    """Add up the log-densities of a run of the guide and one of the model, row by row."""
     given, asked = sample_sites(drawn), sample_sites(modelled)
     recorded = (*drawn.values(), *modelled.values())
     full_sizes = {site["name"]: site["args"][0] for site in recorded if site["type"] == "plate"}

@@ -96,7 +96,7 @@ class Record(Messenger):
         if site_is_subsample(msg):
             msg["value"] = self.subsamples.setdefault(name, msg["value"])
             return
-        if msg["infer"].get("_deterministic", False):
+        if is_deterministic(msg):
             return
         if name in self.sites:
             raise ValueError(f"Expected one site of each name; got '{name}' twice.")
@@ -149,7 +149,7 @@ class Watch(Messenger):
         self.look = look
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if not site_is_subsample(msg) and not msg["infer"].get("_deterministic", False):
+        if not site_is_subsample(msg) and not is_deterministic(msg):
             self.look(msg)
 
 
@@ -158,6 +158,16 @@ def particle_frame(size: int, dim: int | None) -> CondIndepStackFrame | None:
     if dim is None:
         return None
     return CondIndepStackFrame(_checks.PARTICLES, dim, size, 0, full_size=size)
+
+
+def is_deterministic(site: Any) -> bool:
+    """Whether a site only names a value, as one of ``pyro.deterministic`` or a reparameterised."""
+    infer, fn = site["infer"], site["fn"]
+    observed = site["is_observed"] or infer.get("was_observed", False)
+    masked = observed and getattr(fn, "_mask", None) is False
+    return infer.get("_deterministic", False) or (
+        masked and _checks.distribution_name(fn) == "Delta"
+    )
 
 
 def is_scored(site: Any) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -73,23 +73,6 @@ class LogWeights:
             dims = sorted([self.particle_dim, *(dim for _, dim in self.plates)])
             stacked = stacked.movedim(0, dims.index(self.particle_dim))
         return stacked.reshape(self.layout.shape)
-
-
-class Variable(NamedTuple):
-    """Values of one site: ``([num_particles], *plates, *event)``, with the plates' names."""
-
-    value: Tensor
-    plates: tuple[str, ...]
-
-
-@dataclass
-class Draw:
-    """Latent values of a guide, the data of the model, and new data drawn from it."""
-
-    latent: dict[str, Variable]
-    observed: dict[str, Variable]
-    predictive: dict[str, Variable]
-    log_weights: LogWeights
 
 
 @dataclass
@@ -198,53 +181,6 @@ def run(
     return result
 
 
-def draw(
-    model: Program,
-    guide: Program,
-    args: tuple,
-    kwargs: dict,
-    *,
-    num_particles: int,
-    particle_dim: int,
-    subsamples: dict[str, Tensor],
-    predictive: bool = False,
-) -> Draw:
-    """Draw latent values from the guide, with their log-weights and, on demand, new data."""
-    run_ = run(
-        model,
-        guide,
-        args,
-        kwargs,
-        num_particles=num_particles,
-        particle_dim=particle_dim,
-        subsamples=subsamples,
-    )
-    latent = {
-        name: site
-        for name, site in run_.guide_sites.items()
-        if not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
-    }
-    observed = {
-        name: site
-        for name, site in run_.model_sites.items()
-        if site["is_observed"] and site["value"].numel() > 0
-    }
-    fresh: dict[str, Variable] = {}
-    if predictive:
-        values = {name: site["value"] for name, site in run_.guide_sites.items()}
-        with Record(
-            {**subsamples, **values}, particles=particle_frame(num_particles, particle_dim)
-        ) as record:
-            poutine.uncondition(model)(*args, **kwargs)
-        fresh = {n: _variable(record.sites[n], particle_dim) for n in observed if n in record.sites}
-    return Draw(
-        latent={name: _variable(site, particle_dim) for name, site in latent.items()},
-        observed={name: _variable(site, None) for name, site in observed.items()},
-        predictive=fresh,
-        log_weights=run_,
-    )
-
-
 def pair_sites(
     model: Program,
     guide: Program,
@@ -286,21 +222,6 @@ def masked_log_prob(site: Any) -> Tensor:
     value = log_prob(site)
     _checks.check_shape(site["name"], site, value.shape)
     return value if site["mask"] is None else scale_and_mask(value, 1.0, site["mask"])
-
-
-def _variable(site: Any, particle_dim: int | None) -> Variable:
-    """The value of a site as ``([num_particles], *plates, *event)``, and its plates' names."""
-    frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != _checks.PARTICLES]
-    frames.sort(key=lambda frame: frame.dim)
-    event_dim = site["fn"].event_dim
-    value = site["value"]
-    event = value.shape[value.dim() - event_dim :]
-    batch = value.shape[: value.dim() - event_dim]
-    dims = [frame.dim for frame in frames]
-    if particle_dim is not None:
-        dims = [particle_dim, *dims]
-    shape = [batch[dim] if len(batch) >= -dim else 1 for dim in dims]
-    return Variable(value.reshape(*shape, *event), tuple(frame.name for frame in frames))
 
 
 def _total(terms: list[_Term], keep: set[int]) -> Tensor:

@@ -405,6 +405,7 @@ CASES: dict[str, dict[str, list[dict]]] = {
         "to_arviz": [
             {"num_samples": 5, "num_chains": 2},
             {"num_samples": 5, "num_chains": 1, "posterior_predictive": False},
+            {"num_samples": 5, "num_chains": 1, "chunk_size": 2, "progress_bar": False},
         ],
     },
     "training": {

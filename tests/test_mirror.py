@@ -43,6 +43,7 @@ OWN_FILES = {
 # Files that know neither torch nor JAX: one text in both packages, which is tested once.
 SAME_FILES = (
     "_psis.py",
+    "diagnostics/_groups.py",
     "diagnostics/_importance.py",
     "diagnostics/_report.py",
     "training/history.py",

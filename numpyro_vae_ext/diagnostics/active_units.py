@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
 
-from numpyro_vae_ext import _trace
+from numpyro_vae_ext import _draws, _trace
 from numpyro_vae_ext._checks import positive_int
 
 
@@ -92,9 +92,9 @@ def active_units(
     _trace.layout(rng_key, params, pair)
     plate_key = _trace.shared_key(rng_key)
 
-    def mean(pair: _trace.Pair, params: Any, keys: jax.Array) -> _trace.Draw:
-        def one(key: jax.Array) -> _trace.Draw:
-            return _trace.draw(key, plate_key, params, pair, predictive=False)
+    def mean(pair: _trace.Pair, params: Any, keys: jax.Array) -> _draws.Draw:
+        def one(key: jax.Array) -> _draws.Draw:
+            return _draws.draw(key, plate_key, params, pair)
 
         def add(total: Any, key: jax.Array) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, one(key).latent), None
@@ -106,12 +106,11 @@ def active_units(
     half = _trace.compiled(mean, pair)
     keys = random.split(rng_key, num_samples)
     draws = half(params, keys[: num_samples // 2]), half(params, keys[num_samples // 2 :])
-    plates = dict(draws[0].plates)
     first, second = (
         {
-            name: value.reshape(int(np.prod(value.shape[: len(plates[name])])), -1)
-            for name, value in draw.latent.items()
-            if plates[name]
+            name: x.value.reshape(int(np.prod(x.value.shape[: len(x.plates)])), -1)
+            for name, x in draw.latent.items()
+            if x.plates
         }
         for draw in draws
     )

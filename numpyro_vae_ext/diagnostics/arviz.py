@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,8 +11,15 @@ import numpy as np
 from jax import random
 from tqdm.auto import tqdm
 
-from numpyro_vae_ext import _trace
+from numpyro_vae_ext import _draws, _psis, _trace
 from numpyro_vae_ext._checks import positive_int
+from numpyro_vae_ext.diagnostics._groups import (
+    Values,
+    import_arviz,
+    new_call,
+    to_groups,
+    warn_of_tails,
+)
 
 
 def to_arviz(
@@ -23,16 +31,21 @@ def to_arviz(
     num_samples: int = 1000,
     num_chains: int = 4,
     posterior_predictive: bool = True,
+    log_likelihood: bool = False,
+    predictions: tuple | Mapping[str, Any] | None = None,
     chunk_size: int | None = None,
     progress_bar: bool = True,
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
+    pred_coords: Mapping[str, Sequence[Any]] | None = None,
+    pred_dims: Mapping[str, Sequence[str]] | None = None,
     **kwargs: Any,
 ) -> Any:
     r"""Draw from a trained guide and return an ArviZ object.
 
     The draws are independent, so that chains differ by their number alone; R-hat and effective
-    sample sizes say nothing about them, whereas k-hat of ``log_weight`` does.
+    sample sizes say nothing about them, whereas k-hat of ``log_weight`` does, see
+    :func:`importance`.
 
     Args:
         rng_key: Random key.
@@ -44,23 +57,39 @@ def to_arviz(
         num_samples: Draws per chain.
         num_chains: Number of chains.
         posterior_predictive: Draw new data at every draw as well.
+        log_likelihood: Keep the log-density of every observed site and row at every draw, which
+            ``az.loo`` needs.
+        predictions: Arguments of a second call: a tuple, ``(x_new,)``, or a dict by name. The guide
+            is run on them with the values that each draw has outside of the data's plates, and
+            draws the latents of the new rows; the model draws the data, and the latents that the
+            guide has not.
         chunk_size: Draws to run at a time, which bounds the memory; 100 by default.
         progress_bar: Show a bar over chunks on standard error.
         coords: Coordinate values by dimension name, as ArviZ takes them.
         dims: Dimension names by variable, as ArviZ takes them; plates and events are named
             after the plate and the site otherwise.
+        pred_coords: The same as ``coords`` for the predictions, which do not share them.
+        pred_dims: The same as ``dims`` for the predictions.
         kwargs: Keyword arguments of both.
 
     Returns:
         An ``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x) with the groups ``posterior``
-        (auxiliary sites left out), ``posterior_predictive``, ``observed_data`` and
-        ``sample_stats``, the last with ``log_weight`` of shape
+        (latent, deterministic and reparameterised sites; auxiliary sites left out),
+        ``posterior_predictive``, ``log_likelihood`` of shape ``(num_chains, num_samples,
+        *plates)``, ``predictions`` (observed and deterministic sites at the new arguments),
+        ``observed_data`` and ``sample_stats``, the last with ``log_weight`` of shape
         ``(num_chains, num_samples, *common_plates)``.
+
+    Warns:
+        UserWarning: With ``log_likelihood``, if k-hat of the weights forbids to take the guide's
+            draws for the posterior's.
 
     Raises:
         ImportError: If ArviZ is not installed.
-        ValueError: If a number is below 1, or if the pair's weights would not be those of a
-            bound; the message names the site.
+        TypeError: If ``predictions`` is neither a tuple nor a dict.
+        ValueError: If a number is below 1, if the pair's weights would not be those of a bound, or
+            if the guide draws a site of the predictions for other rows; the message names the
+            site.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -81,61 +110,82 @@ def to_arviz(
         >>> result["sample_stats"]["log_weight"].shape
         (2, 50, 8)
     """
-    try:
-        import arviz
-    except ImportError as error:
-        raise ImportError(
-            "Expected ArviZ to be installed; got an import error. Install vae-ext[arviz]."
-        ) from error
+    import_arviz()
     positive_int("num_samples", num_samples)
     positive_int("num_chains", num_chains)
     total = num_samples * num_chains
     size = min(total, 100 if chunk_size is None else positive_int("chunk_size", chunk_size))
     pair = _trace.Pair(model, guide, args, kwargs)
+    new = None if predictions is None else _trace.Pair(model, guide, *new_call(predictions))
     _trace.layout(rng_key, params, pair)
     plate_key = _trace.shared_key(rng_key)
 
-    def many(pair: _trace.Pair, params: Any, keys: jax.Array) -> _trace.Draw:
-        def one(key: jax.Array) -> _trace.Draw:
-            return _trace.draw(key, plate_key, params, pair, predictive=posterior_predictive)
+    def many(pair: _trace.Pair, params: Any, keys: jax.Array) -> _draws.Draw:
+        def one(key: jax.Array) -> _draws.Draw:
+            return _draws.draw(
+                key,
+                plate_key,
+                params,
+                pair,
+                predictive=posterior_predictive,
+                likelihood=log_likelihood,
+            )
 
         return jax.vmap(one)(keys)
 
+    def ahead(pair: _trace.Pair, params: Any, keys: jax.Array, values: Any) -> _draws.Variables:
+        def one(key: jax.Array, values: Any) -> _draws.Variables:
+            return _draws.predict(key, plate_key, params, pair, values, data)
+
+        return jax.vmap(one)(keys, values)
+
     step = _trace.compiled(many, pair)
+    predict = None if new is None else _trace.compiled(ahead, new)
     starts = range(0, total, size)
     # The last chunk is as long as the others, so that there is one program; its rest is cut off.
     keys = random.split(rng_key, len(starts) * size)
-    draws: list[_trace.Draw] = []
+    draws: list[_draws.Draw] = []
+    predicted: list[_draws.Variables] = []
     for start in tqdm(starts, desc="draws", disable=not progress_bar or len(starts) < 2):
-        draws.append(jax.device_get(step(params, keys[start : start + size])))
+        chunk = keys[start : start + size]
+        draw = step(params, chunk)
+        if predict is not None:
+            data = tuple(draw.observed)
+            predicted.append(jax.device_get(predict(params, chunk, draw.shared)))
+        # One copy of what is the same at every draw; the shared values have done their work.
+        observed = {k: replace(v, value=v.value[:1]) for k, v in draw.observed.items()}
+        draws.append(jax.device_get(replace(draw, observed=observed, shared={})))
 
-    plates = {name: [plate.name for plate in frames] for name, frames in draws[0].plates}
-    names: dict[str, list[str]] = {}
-
-    def chains(parts: Sequence[Any]) -> np.ndarray:
-        values = np.concatenate(parts)[:total]
-        return values.reshape((num_chains, num_samples, *values.shape[1:]))
-
-    def label(name: str, ndim: int) -> None:
-        events = (f"{name}_dim_{i}" for i in range(ndim - len(plates[name])))
-        names[name] = [*plates[name], *events]
-
-    groups: dict[str, Any] = {"posterior": {}, "sample_stats": {}}
-    for name, values in draws[0].latent.items():
-        label(name, values.ndim - 1)
-        groups["posterior"][name] = chains([draw.latent[name] for draw in draws])
-    groups["sample_stats"]["log_weight"] = chains([draw.log_weights.value for draw in draws])
-    names["log_weight"] = [plate.name for plate in draws[0].log_weights.plates]
-    if posterior_predictive:
-        groups["posterior_predictive"] = {
-            name: chains([draw.predictive[name] for draw in draws]) for name in draws[0].predictive
+    def joined(parts: list[_draws.Variables]) -> dict[str, Values]:
+        return {
+            name: Values(np.concatenate([part[name].value for part in parts])[:total], x.plates)
+            for name, x in parts[0].items()
         }
-    groups["observed_data"] = {}
-    for name, values in draws[0].observed.items():
-        label(name, values.ndim - 1)
-        groups["observed_data"][name] = np.asarray(values[0])
-    if dims is not None:
-        names.update({name: list(value) for name, value in dims.items()})
-    if int(arviz.__version__.split(".")[0]) < 1:
-        return arviz.from_dict(**groups, dims=names, coords=coords)
-    return arviz.from_dict(groups, dims=names, coords=coords)
+
+    weights = np.concatenate([draw.log_weights.value for draw in draws])[:total]
+    common = tuple(plate.name for plate in draws[0].log_weights.plates)
+    groups: dict[str, dict[str, Values]] = {
+        "posterior": {
+            **joined([draw.latent for draw in draws]),
+            **joined([draw.deterministic for draw in draws]),
+        },
+        "sample_stats": {"log_weight": Values(weights, common)},
+    }
+    if posterior_predictive:
+        groups["posterior_predictive"] = joined([draw.predictive for draw in draws])
+    if log_likelihood:
+        groups["log_likelihood"] = joined([draw.log_likelihood for draw in draws])
+        warn_of_tails(_psis.psis(weights).khat, _psis.threshold(total))
+    if predicted:
+        groups["predictions"] = joined(predicted)
+    groups["observed_data"] = {
+        name: Values(np.asarray(x.value[0]), x.plates) for name, x in draws[0].observed.items()
+    }
+    return to_groups(
+        groups,
+        (num_chains, num_samples),
+        coords=coords,
+        dims=dims,
+        pred_coords=pred_coords,
+        pred_dims=pred_dims,
+    )

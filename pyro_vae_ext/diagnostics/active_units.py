@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae_ext import _trace
+from pyro_vae_ext import _draws, _trace
 from pyro_vae_ext._checks import positive_int
 
 
@@ -84,7 +84,7 @@ def active_units(
     halves: list[dict[str, Tensor]] = []
     with torch.no_grad():
         for size in sizes:
-            draw = _trace.draw(
+            draw = _draws.draw(
                 model,
                 guide,
                 args,

@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae_ext import _trace
+from pyro_vae_ext import _draws, _psis, _trace
 from pyro_vae_ext._checks import positive_int
+from pyro_vae_ext.diagnostics._groups import (
+    Values,
+    import_arviz,
+    new_call,
+    to_groups,
+    warn_of_tails,
+)
 
 
 def to_arviz(
@@ -21,16 +28,21 @@ def to_arviz(
     num_samples: int = 1000,
     num_chains: int = 4,
     posterior_predictive: bool = True,
+    log_likelihood: bool = False,
+    predictions: tuple | Mapping[str, Any] | None = None,
     chunk_size: int | None = None,
     progress_bar: bool = True,
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
+    pred_coords: Mapping[str, Sequence[Any]] | None = None,
+    pred_dims: Mapping[str, Sequence[str]] | None = None,
     **kwargs: Any,
 ) -> Any:
     r"""Draw from a trained guide and return an ArviZ object.
 
     The draws are independent, so that chains differ by their number alone; R-hat and effective
-    sample sizes say nothing about them, whereas k-hat of ``log_weight`` does.
+    sample sizes say nothing about them, whereas k-hat of ``log_weight`` does, see
+    :func:`importance`.
 
     Args:
         model: Program of Pyro primitives.
@@ -39,23 +51,39 @@ def to_arviz(
         num_samples: Draws per chain.
         num_chains: Number of chains.
         posterior_predictive: Draw new data at every draw as well.
+        log_likelihood: Keep the log-density of every observed site and row at every draw, which
+            ``az.loo`` needs.
+        predictions: Arguments of a second call: a tuple, ``(x_new,)``, or a dict by name. The guide
+            is run on them with the values that each draw has outside of the data's plates, and
+            draws the latents of the new rows; the model draws the data, and the latents that the
+            guide has not.
         chunk_size: Draws to run at a time, which bounds the memory; 100 by default.
         progress_bar: Show a bar over chunks on standard error.
         coords: Coordinate values by dimension name, as ArviZ takes them.
         dims: Dimension names by variable, as ArviZ takes them; plates and events are named
             after the plate and the site otherwise.
+        pred_coords: The same as ``coords`` for the predictions, which do not share them.
+        pred_dims: The same as ``dims`` for the predictions.
         kwargs: Keyword arguments of both.
 
     Returns:
         An ``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x) with the groups ``posterior``
-        (auxiliary sites left out), ``posterior_predictive``, ``observed_data`` and
-        ``sample_stats``, the last with ``log_weight`` of shape
+        (latent, deterministic and reparameterised sites; auxiliary sites left out),
+        ``posterior_predictive``, ``log_likelihood`` of shape ``(num_chains, num_samples,
+        *plates)``, ``predictions`` (observed and deterministic sites at the new arguments),
+        ``observed_data`` and ``sample_stats``, the last with ``log_weight`` of shape
         ``(num_chains, num_samples, *common_plates)``.
+
+    Warns:
+        UserWarning: With ``log_likelihood``, if k-hat of the weights forbids to take the guide's
+            draws for the posterior's.
 
     Raises:
         ImportError: If ArviZ is not installed.
-        ValueError: If a number is below 1, or if the pair's weights would not be those of a
-            bound; the message names the site.
+        TypeError: If ``predictions`` is neither a tuple nor a dict.
+        ValueError: If a number is below 1, if the pair's weights would not be those of a bound, or
+            if the guide draws a site of the predictions for other rows; the message names the
+            site.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -73,62 +101,80 @@ def to_arviz(
         >>> result["sample_stats"]["log_weight"].shape
         (2, 50, 8)
     """
-    try:
-        import arviz
-    except ImportError as error:
-        raise ImportError(
-            "Expected ArviZ to be installed; got an import error. Install vae-ext[arviz]."
-        ) from error
+    import_arviz()
     positive_int("num_samples", num_samples)
     positive_int("num_chains", num_chains)
     total = num_samples * num_chains
     size = min(total, 100 if chunk_size is None else positive_int("chunk_size", chunk_size))
+    new = None if predictions is None else new_call(predictions)
     particle_dim = -1 - _trace.plate_nesting(model, guide, args, kwargs)
+    varying = _draws.varying(model, guide, args, kwargs, particle_dim)
     subsamples: dict[str, Tensor] = {}
-    draws: list[_trace.Draw] = []
+    new_subsamples: dict[str, Tensor] = {}
+    draws: list[_draws.Draw] = []
+    predicted: list[_draws.Variables] = []
     starts = range(0, total, size)
     with torch.no_grad():
         for start in tqdm(starts, desc="draws", disable=not progress_bar or len(starts) < 2):
-            draws.append(
-                _trace.draw(
-                    model,
-                    guide,
-                    args,
-                    kwargs,
-                    num_particles=min(size, total - start),
-                    particle_dim=particle_dim,
-                    subsamples=subsamples,
-                    predictive=posterior_predictive,
-                )
+            options: dict[str, Any] = {
+                "num_particles": min(size, total - start),
+                "particle_dim": particle_dim,
+                "varying": varying,
+            }
+            draw = _draws.draw(
+                model,
+                guide,
+                args,
+                kwargs,
+                subsamples=subsamples,
+                predictive=posterior_predictive,
+                likelihood=log_likelihood,
+                **options,
             )
+            if new is not None:
+                predicted.append(
+                    _draws.predict(
+                        model,
+                        guide,
+                        *new,
+                        draw.shared,
+                        draw.observed,
+                        subsamples=new_subsamples,
+                        **options,
+                    )
+                )
+            draws.append(draw)
 
-    names: dict[str, list[str]] = {}
-
-    def chains(parts: list[Tensor]) -> np.ndarray:
-        values = np.concatenate([part.cpu().numpy() for part in parts])
-        return values.reshape((num_chains, num_samples, *values.shape[1:]))
-
-    def label(name: str, variable: _trace.Variable, leading: int) -> None:
-        events = variable.value.dim() - leading - len(variable.plates)
-        names[name] = [*variable.plates, *(f"{name}_dim_{i}" for i in range(events))]
-
-    groups: dict[str, Any] = {"posterior": {}, "sample_stats": {}}
-    for name, variable in draws[0].latent.items():
-        label(name, variable, 1)
-        groups["posterior"][name] = chains([draw.latent[name].value for draw in draws])
-    groups["sample_stats"]["log_weight"] = chains([draw.log_weights.stacked() for draw in draws])
-    names["log_weight"] = [name for name, _ in draws[0].log_weights.plates]
-    if posterior_predictive:
-        groups["posterior_predictive"] = {
-            name: chains([draw.predictive[name].value for draw in draws])
-            for name in draws[0].predictive
+    def joined(parts: list[_draws.Variables]) -> dict[str, Values]:
+        return {
+            name: Values(np.concatenate([part[name].value.cpu().numpy() for part in parts]), plates)
+            for name, (_, plates) in parts[0].items()
         }
-    groups["observed_data"] = {}
-    for name, variable in draws[0].observed.items():
-        label(name, variable, 0)
-        groups["observed_data"][name] = variable.value.cpu().numpy()
-    if dims is not None:
-        names.update({name: list(value) for name, value in dims.items()})
-    if int(arviz.__version__.split(".")[0]) < 1:
-        return arviz.from_dict(**groups, dims=names, coords=coords)
-    return arviz.from_dict(groups, dims=names, coords=coords)
+
+    weights = np.concatenate([draw.log_weights.stacked().cpu().numpy() for draw in draws])
+    common = tuple(name for name, _ in draws[0].log_weights.plates)
+    groups: dict[str, dict[str, Values]] = {
+        "posterior": {
+            **joined([draw.latent for draw in draws]),
+            **joined([draw.deterministic for draw in draws]),
+        },
+        "sample_stats": {"log_weight": Values(weights, common)},
+    }
+    if posterior_predictive:
+        groups["posterior_predictive"] = joined([draw.predictive for draw in draws])
+    if log_likelihood:
+        groups["log_likelihood"] = joined([draw.log_likelihood for draw in draws])
+        warn_of_tails(_psis.psis(weights).khat, _psis.threshold(total))
+    if predicted:
+        groups["predictions"] = joined(predicted)
+    groups["observed_data"] = {
+        name: Values(x.value.cpu().numpy(), x.plates) for name, x in draws[0].observed.items()
+    }
+    return to_groups(
+        groups,
+        (num_chains, num_samples),
+        coords=coords,
+        dims=dims,
+        pred_coords=pred_coords,
+        pred_dims=pred_dims,
+    )

@@ -207,7 +207,9 @@ def test_to_arviz_groups_and_dims(case: dict) -> None:
     found = to_arviz(KEY, model, guide, x, params=params, **case)
     shape = (case["num_chains"], case["num_samples"])
     posterior = found["posterior"]
-    assert set(posterior.data_vars) == {"z"}
+    assert set(posterior.data_vars) == {"twice", "z"}
+    np.testing.assert_allclose(posterior["twice"], 2 * posterior["z"], rtol=1e-6)
+    assert posterior["twice"].dims == ("chain", "draw", "data", "twice_dim_0", "twice_dim_1")
     assert posterior["z"].dims == ("chain", "draw", "data", "z_dim_0", "z_dim_1")
     assert posterior["z"].shape == (*shape, ROWS, 2, 3)
     weight = found["sample_stats"]["log_weight"]

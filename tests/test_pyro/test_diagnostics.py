@@ -163,7 +163,9 @@ def test_to_arviz_groups(case: dict) -> None:
     result = to_arviz(model, guide, **case)
     chains, draws = case["num_chains"], case["num_samples"]
     posterior_group = result["posterior"]
-    assert set(posterior_group.data_vars) == {"w", "z"}
+    assert set(posterior_group.data_vars) == {"twice", "w", "z"}
+    np.testing.assert_allclose(posterior_group["twice"], 2 * posterior_group["z"], rtol=1e-6)
+    assert posterior_group["twice"].dims == ("chain", "draw", "data", "twice_dim_0")
     assert posterior_group["w"].dims == ("chain", "draw")
     assert posterior_group["z"].dims == ("chain", "draw", "data", "z_dim_0")
     assert posterior_group["z"].shape == (chains, draws, 6, 2)
