@@ -94,6 +94,7 @@ OWN_ERRORS = {
     },
     NUMPYRO: {
         "Expected rngs for a family with a context",
+        "Expected num_importance outside of jit",
         # Deterministic sites are among the answers, as the host has it.
         "Expected the arguments of the model, on which deterministic sites, supports or plates "
         "may depend",

@@ -15,6 +15,7 @@ from numpyro.infer.util import constrain_fn
 
 from numpyro_vae_ext._checks import positive_int
 from numpyro_vae_ext.guides._auto import FamilyGuide, Latents, Values
+from numpyro_vae_ext.guides._importance import picked, pool
 
 
 class QueriedGuide(FamilyGuide):
@@ -28,9 +29,10 @@ class QueriedGuide(FamilyGuide):
         params: dict[str, Any],
         *args: Any,
         sample_shape: tuple[int, ...] = (),
+        num_importance: int | None = None,
         **kwargs: Any,
     ) -> Values:
-        """Draw from the guide.
+        """Draw from the guide, or by its importance weights from nearer to the posterior.
 
         Args:
             rng_key: Random key.
@@ -38,13 +40,29 @@ class QueriedGuide(FamilyGuide):
             args: Positional arguments of the model; :class:`AutoPosterior` needs none once it
                 has been called: deterministic sites are then those of its first call.
             sample_shape: Leading shape of the draws.
+            num_importance: If given, each draw is picked out of that many fresh ones of the
+                guide, with a probability in proportion to its importance weight
+                ``p(x, z) / q(z)``, Pareto-smoothed over the whole pool: every row for itself
+                where rows have weights of their own. Needs the arguments with the data; all of
+                the pool is in memory.
             kwargs: Keyword arguments of the model.
 
         Returns:
             Constrained draws ``(*sample_shape, *site)`` by site, deterministic sites included; of
             a subsampled plate the rows of one subsample.
+
+        Raises:
+            ValueError: If there are no arguments where the answer depends on them; under
+                ``num_importance``, if it is below 1, if the guide is a part of a list, if a
+                weight is NaN or infinite, if the model's weights are not those of a bound, or if
+                all of the draws to pick from have weight 0.
         """
         args, kwargs = self._given(args, kwargs)
+        if num_importance is not None:
+            count = math.prod(sample_shape) * positive_int("num_importance", num_importance)
+            pool_key, key = random.split(rng_key)
+            drawn = picked(pool(self, pool_key, params, count, args, kwargs), key, num_importance)
+            return self._constrained(params, drawn, sample_shape, args, kwargs)
         drawn = self._drawn(rng_key, params, math.prod(sample_shape), args, kwargs)
         return self._constrained(params, drawn, sample_shape, args, kwargs)
 

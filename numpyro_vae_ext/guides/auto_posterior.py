@@ -131,7 +131,7 @@ class AutoPosterior(TransportGuide):
     def _start(self, rng_key: jax.Array, args: Any, kwargs: Any) -> jax.Array:
         """Where the host puts the sites, unconstrained; asked for where it is no parameter yet."""
         free = self._prototyped(rng_key, args, kwargs)._init_locs
-        return jnp.concatenate([free[site.name].ravel() for site in self._sites])
+        return jnp.concatenate([jnp.ravel(free[site.name]) for site in self._sites])
 
 
 def _split(sites: list[Site], vector: jax.Array) -> Iterator[tuple[str, jax.Array]]:

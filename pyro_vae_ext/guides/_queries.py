@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_vae_ext._checks import positive_int
 from pyro_vae_ext.guides._auto import FamilyGuide, Site
+from pyro_vae_ext.guides._importance import picked, pool
 
 
 class QueriedGuide(FamilyGuide):
@@ -22,20 +23,39 @@ class QueriedGuide(FamilyGuide):
     _reads_arguments = False  # a draw depends on the arguments of the model
 
     def sample_posterior(
-        self, *args: Any, sample_shape: Sequence[int] = (), **kwargs: Any
+        self,
+        *args: Any,
+        sample_shape: Sequence[int] = (),
+        num_importance: int | None = None,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Draw from the guide, without a gradient.
+        """Draw from the guide, or by its importance weights from nearer to the posterior.
+
+        There is no gradient.
 
         Args:
             args: Positional arguments of the model; :class:`AutoPosterior` needs none once it
                 has been called.
             sample_shape: Leading shape of the draws.
+            num_importance: If given, each draw is picked out of that many fresh ones of the
+                guide, with a probability in proportion to its importance weight
+                ``p(x, z) / q(z)``, Pareto-smoothed over the whole pool: every row for itself
+                where rows have weights of their own. Needs the arguments with the data; all of
+                the pool is in memory, and the model must be able to run many draws at once.
             kwargs: Keyword arguments of the model.
 
         Returns:
             Constrained draws ``(*sample_shape, *site)`` by site; of a subsampled plate the rows
             of one subsample.
+
+        Raises:
+            ValueError: If there are no arguments where the answer depends on them; under
+                ``num_importance``, if it is below 1, if the guide is a part of a list, if a
+                weight is NaN or infinite, if the model's weights are not those of a bound, or if
+                all of the draws to pick from have weight 0.
         """
+        if num_importance is not None:
+            return self._picked(tuple(sample_shape), num_importance, args, kwargs)
         draws = self._draw(tuple(sample_shape), args, kwargs)
         return {site.name: site.transform(value) for site, value in draws}
 
@@ -73,6 +93,17 @@ class QueriedGuide(FamilyGuide):
             levels = torch.as_tensor(quantiles, dtype=draws.dtype, device=draws.device)
             result[site.name] = quantile(site.transform(draws), levels)
         return result
+
+    @torch.no_grad()
+    def _picked(
+        self, sample_shape: tuple[int, ...], num_importance: int, args: tuple, kwargs: dict
+    ) -> dict[str, Tensor]:
+        count = math.prod(sample_shape) * positive_int("num_importance", num_importance)
+        with poutine.block():
+            # The first call of a guide, as everywhere, and with its checks.
+            sites = [site for site, _ in self._draw((1,), args, kwargs)]
+            found = picked(pool(self, sites, count, args, kwargs), sites, num_importance)
+        return {name: x.reshape(sample_shape + tuple(x.shape[1:])) for name, x in found.items()}
 
     @torch.no_grad()
     def _draw(
