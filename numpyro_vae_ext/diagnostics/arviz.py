@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import random
 from tqdm.auto import tqdm
@@ -15,8 +16,10 @@ from numpyro_vae_ext import _draws, _psis, _trace
 from numpyro_vae_ext._checks import positive_int
 from numpyro_vae_ext.diagnostics._groups import (
     Values,
+    check_joint,
     import_arviz,
     new_call,
+    resampled,
     to_groups,
     warn_of_tails,
 )
@@ -30,6 +33,7 @@ def to_arviz(
     params: dict[str, Any],
     num_samples: int = 1000,
     num_chains: int = 4,
+    num_importance: int = 1,
     posterior_predictive: bool = True,
     log_likelihood: bool = False,
     predictions: tuple | Mapping[str, Any] | None = None,
@@ -56,6 +60,10 @@ def to_arviz(
             among them.
         num_samples: Draws per chain.
         num_chains: Number of chains.
+        num_importance: Draws of the guide for each draw that is exported. From 2 on, that many
+            times as many are made and resampled by their smoothed weights, so that what is
+            exported stands for the posterior as far as k-hat is good; some draws appear more than
+            once, and there is no ``log_weight``. For guides with one joint weight.
         posterior_predictive: Draw new data at every draw as well.
         log_likelihood: Keep the log-density of every observed site and row at every draw, which
             ``az.loo`` needs.
@@ -81,15 +89,15 @@ def to_arviz(
         ``(num_chains, num_samples, *common_plates)``.
 
     Warns:
-        UserWarning: With ``log_likelihood``, if k-hat of the weights forbids to take the guide's
-            draws for the posterior's.
+        UserWarning: With ``log_likelihood`` or ``num_importance``, if k-hat of the weights forbids
+            to take the draws for the posterior's.
 
     Raises:
         ImportError: If ArviZ is not installed.
         TypeError: If ``predictions`` is neither a tuple nor a dict.
-        ValueError: If a number is below 1, if the pair's weights would not be those of a bound, or
-            if the guide draws a site of the predictions for other rows; the message names the
-            site.
+        ValueError: If a number is below 1, if the pair's weights would not be those of a bound,
+            if the guide draws a site of the predictions for other rows, or if there is a weight
+            per row under ``num_importance``; the message names the site or plate.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -113,11 +121,13 @@ def to_arviz(
     import_arviz()
     positive_int("num_samples", num_samples)
     positive_int("num_chains", num_chains)
-    total = num_samples * num_chains
+    total = num_samples * num_chains * positive_int("num_importance", num_importance)
     size = min(total, 100 if chunk_size is None else positive_int("chunk_size", chunk_size))
     pair = _trace.Pair(model, guide, args, kwargs)
     new = None if predictions is None else _trace.Pair(model, guide, *new_call(predictions))
-    _trace.layout(rng_key, params, pair)
+    common = tuple(plate.name for plate in _trace.layout(rng_key, params, pair).plates)
+    if num_importance > 1:
+        check_joint(common)
     plate_key = _trace.shared_key(rng_key)
 
     def many(pair: _trace.Pair, params: Any, keys: jax.Array) -> _draws.Draw:
@@ -156,26 +166,33 @@ def to_arviz(
         observed = {k: replace(v, value=v.value[:1]) for k, v in draw.observed.items()}
         draws.append(jax.device_get(replace(draw, observed=observed, shared={})))
 
+    weights = np.concatenate([draw.log_weights.value for draw in draws])[:total]
+    kept: Any = slice(total)
+    if log_likelihood or num_importance > 1:
+        smoothed, khat = _psis.psis(weights)
+        warn_of_tails(khat, _psis.threshold(total))
+        if num_importance > 1:
+            seed = int(random.randint(random.fold_in(plate_key, 1), (), 0, 2**31 - 1, jnp.int32))
+            kept = resampled(smoothed, num_samples * num_chains, seed)
+
     def joined(parts: list[_draws.Variables]) -> dict[str, Values]:
         return {
-            name: Values(np.concatenate([part[name].value for part in parts])[:total], x.plates)
+            name: Values(np.concatenate([part[name].value for part in parts])[kept], x.plates)
             for name, x in parts[0].items()
         }
 
-    weights = np.concatenate([draw.log_weights.value for draw in draws])[:total]
-    common = tuple(plate.name for plate in draws[0].log_weights.plates)
     groups: dict[str, dict[str, Values]] = {
         "posterior": {
             **joined([draw.latent for draw in draws]),
             **joined([draw.deterministic for draw in draws]),
         },
-        "sample_stats": {"log_weight": Values(weights, common)},
     }
+    if num_importance == 1:
+        groups["sample_stats"] = {"log_weight": Values(weights, common)}
     if posterior_predictive:
         groups["posterior_predictive"] = joined([draw.predictive for draw in draws])
     if log_likelihood:
         groups["log_likelihood"] = joined([draw.log_likelihood for draw in draws])
-        warn_of_tails(_psis.psis(weights).khat, _psis.threshold(total))
     if predicted:
         groups["predictions"] = joined(predicted)
     groups["observed_data"] = {

@@ -60,6 +60,33 @@ def warn_of_tails(khat: np.ndarray, threshold: float) -> None:
         )
 
 
+def check_joint(plates: Sequence[str]) -> None:
+    """Draws can be resampled whole if there is one weight for all rows."""
+    if plates:
+        raise ValueError(
+            "Expected one weight for all rows under num_importance > 1; got one per row of plate "
+            f"'{plates[0]}'. Use num_importance=1; diagnostics.importance has the rows' weights."
+        )
+
+
+def resampled(log_weights: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Places of ``count`` draws, each as often as its weight says, in random order.
+
+    Systematic resampling: a draw of weight w is there ``floor(count w)`` times or once more.
+    """
+    top = log_weights.max()
+    if top == -np.inf:
+        raise ValueError(
+            "Expected a weight above 0 under num_importance > 1; got none. The guide draws where "
+            "the model has no density."
+        )
+    generator = np.random.default_rng(seed)
+    sums = np.cumsum(np.exp(log_weights - top))
+    marks = (np.arange(count) + generator.uniform()) / count * sums[-1]
+    places = np.minimum(np.searchsorted(sums, marks, side="right"), len(sums) - 1)
+    return generator.permutation(places)
+
+
 def to_groups(
     groups: Mapping[str, Group],
     shape: tuple[int, int],

@@ -14,8 +14,10 @@ from pyro_vae_ext import _draws, _psis, _trace
 from pyro_vae_ext._checks import positive_int
 from pyro_vae_ext.diagnostics._groups import (
     Values,
+    check_joint,
     import_arviz,
     new_call,
+    resampled,
     to_groups,
     warn_of_tails,
 )
@@ -27,6 +29,7 @@ def to_arviz(
     *args: Any,
     num_samples: int = 1000,
     num_chains: int = 4,
+    num_importance: int = 1,
     posterior_predictive: bool = True,
     log_likelihood: bool = False,
     predictions: tuple | Mapping[str, Any] | None = None,
@@ -50,6 +53,10 @@ def to_arviz(
         args: Positional arguments of both.
         num_samples: Draws per chain.
         num_chains: Number of chains.
+        num_importance: Draws of the guide for each draw that is exported. From 2 on, that many
+            times as many are made and resampled by their smoothed weights, so that what is
+            exported stands for the posterior as far as k-hat is good; some draws appear more than
+            once, and there is no ``log_weight``. For guides with one joint weight.
         posterior_predictive: Draw new data at every draw as well.
         log_likelihood: Keep the log-density of every observed site and row at every draw, which
             ``az.loo`` needs.
@@ -75,15 +82,15 @@ def to_arviz(
         ``(num_chains, num_samples, *common_plates)``.
 
     Warns:
-        UserWarning: With ``log_likelihood``, if k-hat of the weights forbids to take the guide's
-            draws for the posterior's.
+        UserWarning: With ``log_likelihood`` or ``num_importance``, if k-hat of the weights forbids
+            to take the draws for the posterior's.
 
     Raises:
         ImportError: If ArviZ is not installed.
         TypeError: If ``predictions`` is neither a tuple nor a dict.
-        ValueError: If a number is below 1, if the pair's weights would not be those of a bound, or
-            if the guide draws a site of the predictions for other rows; the message names the
-            site.
+        ValueError: If a number is below 1, if the pair's weights would not be those of a bound,
+            if the guide draws a site of the predictions for other rows, or if there is a weight
+            per row under ``num_importance``; the message names the site or plate.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -104,7 +111,7 @@ def to_arviz(
     import_arviz()
     positive_int("num_samples", num_samples)
     positive_int("num_chains", num_chains)
-    total = num_samples * num_chains
+    total = num_samples * num_chains * positive_int("num_importance", num_importance)
     size = min(total, 100 if chunk_size is None else positive_int("chunk_size", chunk_size))
     new = None if predictions is None else new_call(predictions)
     particle_dim = -1 - _trace.plate_nesting(model, guide, args, kwargs)
@@ -144,27 +151,39 @@ def to_arviz(
                     )
                 )
             draws.append(draw)
+            common = tuple(name for name, _ in draw.log_weights.plates)
+            if num_importance > 1:
+                check_joint(common)
+
+    weights = np.concatenate([draw.log_weights.stacked().cpu().numpy() for draw in draws])
+    kept: Any = slice(total)
+    if log_likelihood or num_importance > 1:
+        smoothed, khat = _psis.psis(weights)
+        warn_of_tails(khat, _psis.threshold(total))
+        if num_importance > 1:
+            seed = int(torch.randint(2**31 - 1, ()))
+            kept = resampled(smoothed, num_samples * num_chains, seed)
 
     def joined(parts: list[_draws.Variables]) -> dict[str, Values]:
         return {
-            name: Values(np.concatenate([part[name].value.cpu().numpy() for part in parts]), plates)
+            name: Values(
+                np.concatenate([part[name].value.cpu().numpy() for part in parts])[kept], plates
+            )
             for name, (_, plates) in parts[0].items()
         }
 
-    weights = np.concatenate([draw.log_weights.stacked().cpu().numpy() for draw in draws])
-    common = tuple(name for name, _ in draws[0].log_weights.plates)
     groups: dict[str, dict[str, Values]] = {
         "posterior": {
             **joined([draw.latent for draw in draws]),
             **joined([draw.deterministic for draw in draws]),
         },
-        "sample_stats": {"log_weight": Values(weights, common)},
     }
+    if num_importance == 1:
+        groups["sample_stats"] = {"log_weight": Values(weights, common)}
     if posterior_predictive:
         groups["posterior_predictive"] = joined([draw.predictive for draw in draws])
     if log_likelihood:
         groups["log_likelihood"] = joined([draw.log_likelihood for draw in draws])
-        warn_of_tails(_psis.psis(weights).khat, _psis.threshold(total))
     if predicted:
         groups["predictions"] = joined(predicted)
     groups["observed_data"] = {

@@ -251,3 +251,61 @@ def test_dimensions_of_deterministic_sites() -> None:
     np.testing.assert_array_equal(found["grid"][0, 3], np.arange(6.0))
     np.testing.assert_array_equal(found["first"], found["z"][..., 0])
     np.testing.assert_array_equal(found["table"][0, 5], np.arange(6.0).reshape(2, 3))
+
+
+def test_resampled_draws_are_the_posterior() -> None:
+    """A guide that is too wide and off the mark; then leave-one-out is that of the posterior."""
+    y = jnp.array([1.5, 0.4, 1.1, -0.3])
+
+    def model(y: jax.Array) -> None:
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.deterministic("square", z**2)
+        with numpyro.plate("rows", 4):
+            numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y: jax.Array) -> None:
+        numpyro.sample("z", dist.Normal(0.2, 0.8))
+
+    data = np.asarray(y)
+    truth, spread = data.sum() / 5, 5**-0.5
+    errors = []
+    for number in (1, 20):
+        found = export(
+            model,
+            guide,
+            y,
+            num_samples=1_000,
+            num_chains=2,
+            num_importance=number,
+            log_likelihood=True,
+            predictions=(y,),
+            chunk_size=10_000,
+        )
+        draws = np.asarray(found["posterior"]["z"])
+        errors.append(abs(draws.mean() - truth) / spread + abs(np.log(draws.std() / spread)))
+        assert ("sample_stats" in groups(found)) == (number == 1)
+        np.testing.assert_allclose(found["posterior"]["square"], draws**2, rtol=1e-5)
+        likelihood = stats.norm.logpdf(data, draws[..., None], 1.0)
+        np.testing.assert_allclose(found["log_likelihood"]["y"], likelihood, rtol=1e-4, atol=1e-5)
+        for group in ("predictions", "posterior_predictive"):
+            noise = np.asarray(found[group]["y"]) - draws[..., None]
+            assert abs(noise.std() - 1) < 0.05
+    assert errors[0] > 0.5 and errors[1] < 0.06
+    # Both chains are of one law, in no order.
+    assert abs(draws[0].mean() - draws[1].mean()) < 4 * spread * np.sqrt(2 / 1_000)
+    assert abs(np.corrcoef(draws[0, 1:], draws[0, :-1])[0, 1]) < 0.15
+    others = data.sum() - data
+    exact = stats.norm.logpdf(data, others / 4, np.sqrt(1 + 1 / 4))
+    result = arviz.loo(found)
+    estimate = result.elpd if hasattr(result, "elpd") else result.elpd_loo
+    assert abs(estimate - exact.sum()) < 0.1
+
+
+def test_rows_are_not_resampled() -> None:
+    text = (
+        "Expected one weight for all rows under num_importance > 1; got one per row of plate 'rows'"
+    )
+    with pytest.raises(ValueError, match=text):
+        export(autoencoder, encoder, jnp.zeros(2), num_importance=2)
+    with pytest.raises(ValueError, match="Expected num_importance >= 1; got 0."):
+        export(autoencoder, encoder, jnp.zeros(2), num_importance=0)
