@@ -41,11 +41,15 @@ class TransportGuide(QueriedGuide, AutoContinuous):
         A scale is a vector or a lower triangular matrix.
         """
 
+    @property
+    def latent_dim(self) -> int:
+        """Number of unconstrained numbers, once the guide has been called."""
+        return sum(site.size for site in self._sites)
+
     def get_base_dist(self) -> dist.Distribution:
         """The standard Normal that :meth:`get_transform` maps."""
-        sites = self._sites
-        dtype = jnp.result_type(*(site.dtype for site in sites))
-        return dist.Normal(jnp.zeros(sum(site.size for site in sites), dtype), 1.0).to_event(1)
+        dtype = jnp.result_type(*(site.dtype for site in self._sites))
+        return dist.Normal(jnp.zeros(self.latent_dim, dtype), 1.0).to_event(1)
 
     def get_transform(self, params: dict[str, Any]) -> Transform:
         """The bijection of the guide, from standard Normal noise to the unconstrained vector.

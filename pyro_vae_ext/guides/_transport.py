@@ -35,6 +35,11 @@ class TransportGuide(QueriedGuide, AutoContinuous):
         A scale is a vector or a lower triangular matrix.
         """
 
+    @property
+    def latent_dim(self) -> int:
+        """Number of unconstrained numbers, once the guide has been called."""
+        return sum(site.size for site in self._sites)
+
     def get_base_dist(self) -> TorchDistribution:
         """The standard Normal that :meth:`get_transform` maps."""
         loc = torch.zeros_like(self._located()[1])

@@ -98,6 +98,7 @@ def test_density_through_the_guide(exact: None, name: str) -> None:
     vectors = transform(normal(3, 4))
     np.testing.assert_allclose(transform.inv(vectors), normal(3, 4), rtol=1e-8, atol=1e-8)
     posterior, base = guide.get_posterior(params), guide.get_base_dist()
+    assert posterior.event_shape == (guide.latent_dim,) == (4,)
     expected = base.log_prob(normal(3, 4)) - transform.log_abs_det_jacobian(normal(3, 4), vectors)
     np.testing.assert_allclose(posterior.log_prob(vectors), expected, rtol=1e-8)
     batch = neutra.transform_sample(normal(3, 4))

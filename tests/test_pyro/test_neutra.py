@@ -92,6 +92,7 @@ def test_density_through_the_guide(exact: None, name: str) -> None:
     expected = guide.get_base_dist().log_prob(batch)
     expected = expected - transform.log_abs_det_jacobian(batch, vectors)
     posterior = guide.get_posterior()
+    assert posterior.event_shape == (guide.latent_dim,) == (4,)
     torch.testing.assert_close(posterior.log_prob(vectors), expected, rtol=1e-8, atol=0)
     shapes = {k: v.shape for k, v in neutra.transform_sample(batch[:, None]).items()}
     assert shapes == {"rate": (3, 1), "part": (3, 1), "z": (3, 2)}
