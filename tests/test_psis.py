@@ -81,6 +81,24 @@ def test_shape_of_a_normal_guide(module: ModuleType, shape: float) -> None:
     assert abs(found.mean() - shape) < 0.1
 
 
+@pytest.mark.parametrize("correlation", [0.3, 0.5])
+def test_shape_of_a_factorised_guide(module: ModuleType, correlation: float) -> None:
+    """In general k = 1 - the smallest eigenvalue of Sq^1/2 Sp^-1 Sq^1/2.
+
+    The factorised Normal with the least KL divergence from one of correlation r has variances
+    1 - r^2, and so k = r.
+    """
+    target = np.array([[1.0, correlation], [correlation, 1.0]])
+    variance = 1 / np.diag(np.linalg.inv(target))
+    root = np.diag(np.sqrt(variance))
+    product = root @ np.linalg.inv(target) @ root
+    assert 1 - np.linalg.eigvalsh(product)[0] == pytest.approx(correlation)
+    z = np.random.default_rng(0).standard_normal((20_000, 20, 2)) @ root
+    squares = np.einsum("sbi,ij,sbj->sb", z, np.linalg.inv(target), z)
+    found = module.psis(0.5 * ((z**2 / variance).sum(-1) - squares)).khat
+    assert abs(found.mean() - correlation) < 0.1
+
+
 def test_smoothed_weights_are_quantiles_below_the_largest(module: ModuleType) -> None:
     raw = pareto(0.6, (1_000, 3)) - 1_000.0
     smoothed, khat = module.psis(raw)
