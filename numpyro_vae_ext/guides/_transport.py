@@ -16,11 +16,7 @@ import numpyro.distributions as dist
 from flax import nnx
 from jax.scipy.linalg import solve_triangular
 from numpyro.distributions import constraints
-from numpyro.distributions.transforms import (
-    AffineTransform,
-    LowerCholeskyAffine,
-    Transform,
-)
+from numpyro.distributions.transforms import Transform
 from numpyro.infer.autoguide import AutoContinuous
 
 from numpyro_vae_ext.guides._auto import Latents, Site
@@ -67,12 +63,7 @@ class TransportGuide(QueriedGuide, AutoContinuous):
 
     def get_posterior(self, params: dict[str, Any]) -> dist.Distribution:
         """The distribution of the unconstrained vector, as for :meth:`get_transform`."""
-        distribution, loc, scale = self._located(params)
-        if scale.ndim == 1:
-            affine: Any = AffineTransform(loc, scale)
-        else:
-            affine = LowerCholeskyAffine(loc, scale)
-        return dist.TransformedDistribution(distribution, affine)
+        return Posterior(self.get_base_dist(), [self.get_transform(params)])
 
     def _get_posterior(self) -> dist.Distribution:
         # The host's own name for it, under a handler that knows the parameters.
@@ -122,23 +113,38 @@ class Transport(Transform):
         return self.loc + jnp.einsum("ij,...j->...i", self.scale, value)
 
     def _inverse(self, y: Any) -> jax.Array:
-        value = y - self.loc
-        if self.scale.ndim == 1:
-            value = value / self.scale
-        else:
-            flat = value.reshape(-1, value.shape[-1]).T
-            value = solve_triangular(self.scale, flat, lower=True).T.reshape(value.shape)
-        return pulled(self.distribution, value)
+        return pulled(self.distribution, self._unscaled(y))
 
     def log_abs_det_jacobian(self, x: Any, y: Any, intermediates: Any = None) -> jax.Array:
         """Of shape ``(*batch,)``; by the noise alone."""
-        diagonal = self.scale if self.scale.ndim == 1 else jnp.diagonal(self.scale)
-        return pushed(self.distribution, x)[1] + jnp.log(diagonal).sum()
+        return pushed(self.distribution, x)[1] + self._log_scale()
+
+    def log_density(self, y: jax.Array) -> jax.Array:
+        """Of any vector, with the family's own derivatives."""
+        return self.distribution.log_prob(self._unscaled(y)) - self._log_scale()
+
+    def _unscaled(self, y: Any) -> jax.Array:
+        value = y - self.loc
+        if self.scale.ndim == 1:
+            return value / self.scale
+        flat = value.reshape(-1, value.shape[-1]).T
+        return solve_triangular(self.scale, flat, lower=True).T.reshape(value.shape)
+
+    def _log_scale(self) -> jax.Array:
+        return jnp.log(self.scale if self.scale.ndim == 1 else jnp.diagonal(self.scale)).sum()
 
     def tree_flatten(self) -> Any:
         """As the host's transforms."""
         names = ("distribution", "loc", "scale")
         return tuple(getattr(self, name) for name in names), (names, {})
+
+
+class Posterior(dist.TransformedDistribution):
+    """Noise under a :class:`Transport`, scored without a derivative of an inverse."""
+
+    def log_prob(self, value: Any, intermediates: Any = None) -> jax.Array:
+        """Of shape ``(*batch,)``."""
+        return self.transforms[0].log_density(value)
 
 
 def with_params(family: GuideFamily, params: dict[str, Any]) -> GuideFamily:

@@ -62,11 +62,7 @@ class TransportGuide(QueriedGuide, AutoContinuous):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> TorchDistribution:
         """The distribution of the unconstrained vector, as for :meth:`get_transform`."""
-        distribution, loc, scale = self._located()
-        affine: Any = transforms.AffineTransform
-        if scale.dim() > 1:
-            affine = dist.transforms.LowerCholeskyAffine
-        return dist.TransformedDistribution(distribution, [affine(loc, scale)])
+        return Posterior(self.get_base_dist(), [self.get_transform()])
 
     def _located(self) -> tuple[TorchDistribution, Tensor, Tensor]:
         family, loc, scale = self._posterior()
@@ -108,18 +104,33 @@ class Transport(transforms.Transform):
         return self.loc + value @ self.scale.mT
 
     def _inverse(self, y: Tensor) -> Tensor:
-        value = y - self.loc
-        if self.scale.dim() == 1:
-            value = value / self.scale
-        else:
-            value = torch.linalg.solve_triangular(self.scale, value.unsqueeze(-1), upper=False)
-            value = value.squeeze(-1)
-        return pulled(self.distribution, value)
+        return pulled(self.distribution, self._unscaled(y))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Of shape ``(*batch,)``; by the noise alone."""
-        diagonal = self.scale if self.scale.dim() == 1 else self.scale.diagonal()
-        return pushed(self.distribution, x)[1] + diagonal.log().sum()
+        return pushed(self.distribution, x)[1] + self._log_scale()
+
+    def log_density(self, y: Tensor) -> Tensor:
+        """Of any vector, with the family's own derivatives."""
+        return self.distribution.log_prob(self._unscaled(y)) - self._log_scale()
+
+    def _unscaled(self, y: Tensor) -> Tensor:
+        value = y - self.loc
+        if self.scale.dim() == 1:
+            return value / self.scale
+        value = torch.linalg.solve_triangular(self.scale, value.unsqueeze(-1), upper=False)
+        return value.squeeze(-1)
+
+    def _log_scale(self) -> Tensor:
+        return (self.scale if self.scale.dim() == 1 else self.scale.diagonal()).log().sum()
+
+
+class Posterior(dist.TransformedDistribution):
+    """Noise under a :class:`Transport`, scored without a derivative of an inverse."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Of shape ``(*batch,)``."""
+        return self.transforms[0].log_density(value)
 
 
 def pushed(distribution: Any, noise: Tensor) -> tuple[Tensor, Tensor]:

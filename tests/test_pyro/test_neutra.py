@@ -94,6 +94,14 @@ def test_density_through_the_guide(exact: None, name: str) -> None:
     posterior = guide.get_posterior()
     assert posterior.event_shape == (guide.latent_dim,) == (4,)
     torch.testing.assert_close(posterior.log_prob(vectors), expected, rtol=1e-8, atol=0)
+    # The posterior's derivative at a vector, against that along the map.
+    noise.requires_grad_(True)
+    along = guide.get_base_dist().log_prob(noise) - transform.log_abs_det_jacobian(noise, None)
+    (truth,) = torch.autograd.grad(along, noise)
+    vector = transform(noise).detach().requires_grad_(True)
+    (slope,) = torch.autograd.grad(posterior.log_prob(vector), vector)
+    jacobian = torch.autograd.functional.jacobian(transform, noise)
+    torch.testing.assert_close(jacobian.mT @ slope, truth, rtol=1e-8, atol=0)
     shapes = {k: v.shape for k, v in neutra.transform_sample(batch[:, None]).items()}
     assert shapes == {"rate": (3, 1), "part": (3, 1), "z": (3, 2)}
     assert torch.equal(copy.deepcopy(guide).get_transform()(noise), transform(noise))
