@@ -367,3 +367,16 @@ def test_report_names_the_extra(
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=rf"Install vae-ext\[{extra}\]"):
         _ = found.table if library == "pandas" else found.plot()
+
+
+def test_resampled_places() -> None:
+    """Each place as often as its weight says, up to one, in random order."""
+    resampled = load("diagnostics/_groups.py").resampled
+    weights = np.random.default_rng(0).dirichlet(np.ones(30))
+    weights[4] = 0.0
+    places = resampled(np.log(weights, where=weights > 0, out=np.full(30, -np.inf)), 500, 1)
+    expected = 500 * weights / weights.sum()
+    assert np.all(np.abs(np.bincount(places, minlength=30) - expected) < 1)
+    assert abs(np.corrcoef(places[1:], places[:-1])[0, 1]) < 0.2
+    with pytest.raises(ValueError, match="Expected a weight above 0 under num_importance > 1"):
+        resampled(np.full(3, -np.inf), 5, 1)
