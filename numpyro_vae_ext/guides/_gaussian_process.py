@@ -32,7 +32,8 @@ def squared_exponential(a: jax.Array, b: jax.Array) -> jax.Array:
         ``(*batch, n, m)``.
     """
     squares = (a**2).sum(-1)[..., :, None] + (b**2).sum(-1)[..., None, :]
-    return jnp.exp(a @ b.mT - 0.5 * squares)
+    # Inputs far from the origin may round to a distance below 0.
+    return jnp.exp(jnp.minimum(a @ b.mT - 0.5 * squares, 0.0))
 
 
 @dataclass

@@ -31,7 +31,7 @@ class IAF(DirectFamily):
 
     .. math::
         \text{affine:}\quad z_t = e^{a_t} \odot z_{t-1} + m_t,
-        \qquad a_t = b \tanh(s_t / b), \quad b = \min(3, 6 / T)
+        \qquad a_t = b \tanh(s_t / b), \quad b = \min(1.5, 6 / T)
 
     .. math::
         \text{gated:}\quad z_t = e^{b} g_t \odot z_{t-1} + (1 - g_t) \odot m_t,

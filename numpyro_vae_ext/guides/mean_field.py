@@ -14,6 +14,7 @@ from numpyro_vae_ext._checks import one_of, widths
 from numpyro_vae_ext.guides._base import DirectFamily, param_dtype_or_default
 from numpyro_vae_ext.guides._normal import CarryingNormal
 from numpyro_vae_ext.nn._activations import ACTIVATIONS
+from numpyro_vae_ext.nn._scales import head_bounded
 
 _glorot = jax.nn.initializers.glorot_uniform()
 
@@ -27,9 +28,11 @@ class MeanField(DirectFamily):
 
     .. math::
         q(z \mid c) = \mathcal N\bigl(z;\, \mu(h), \operatorname{diag} \sigma(h)^2\bigr),
-        \qquad \sigma(h) = \exp(W_\sigma h + b_\sigma)
+        \qquad \mu(h) = W_\mu h + b_\mu, \quad \log \sigma(h) = \rho(W_\sigma h) + b_\sigma
 
-    where :math:`h` is the context :math:`c` after the hidden layers. Without a context,
+    where :math:`h` is the context :math:`c` after the hidden layers and
+    :math:`\rho(x) = 3 x / \sqrt{9 + x^2}`: a context, however large, moves the scale by
+    :math:`e^{\pm 3}` at most. Both heads start at a tenth of Glorot's scale. Without a context,
     :math:`\mu` and :math:`\log \sigma` are free parameters that start at 0.
 
     Args:
@@ -89,9 +92,9 @@ class MeanField(DirectFamily):
             for fan_in, fan_out in zip((context_dim, *hidden_dims), hidden_dims, strict=False)
         )
         width = (context_dim, *hidden_dims)[-1]
-        self.loc = nnx.Linear(width, latent_dim, kernel_init=_glorot, param_dtype=dtype, rngs=rngs)
-        self.log_scale = nnx.Linear(
-            width, latent_dim, kernel_init=_small_glorot, param_dtype=dtype, rngs=rngs
+        self.loc, self.log_scale = (
+            nnx.Linear(width, latent_dim, kernel_init=_small_glorot, param_dtype=dtype, rngs=rngs)
+            for _ in range(2)
         )
 
     def loc_and_log_scale(self, context: Any = None) -> tuple[jax.Array, jax.Array]:
@@ -101,7 +104,8 @@ class MeanField(DirectFamily):
         activate, _ = ACTIVATIONS[self.activation]
         for layer in self.trunk:
             context = activate(layer(context))
-        return self.loc(context), self.log_scale(context)
+        moved = head_bounded(context @ self.log_scale.kernel[...])
+        return self.loc(context), moved + self.log_scale.bias[...]
 
     def distribution(self, context: Any = None) -> dist.Distribution:
         """The Normal given ``context``, with ``event_dim`` 1."""

@@ -25,6 +25,7 @@ from numpyro_vae_ext.guides._hierarchy import (
 )
 from numpyro_vae_ext.guides._normal import CarryingNormal
 from numpyro_vae_ext.guides.mean_field import MeanField
+from numpyro_vae_ext.nn._scales import head_bounded
 
 _LENGTHSCALE = 1.0  # at the start, in units of a standard Normal's own size
 _small_glorot = jax.nn.initializers.variance_scaling(0.01, "fan_avg", "uniform")
@@ -217,7 +218,7 @@ class VGP(GuideFamily):
         if self.amortize == "all":
             moved = self.sources_head(context)
             sources = sources + moved.reshape(*moved.shape[:-1], *sources.shape)
-            moved = self.kernel_head(context)
+            moved = head_bounded(self.kernel_head(context))
             log_lengthscale = log_lengthscale + moved[..., :-1]
             log_amplitude = log_amplitude + moved[..., -1]
         process = Process(self.kernel, sources, log_lengthscale, log_amplitude, self.jitter)

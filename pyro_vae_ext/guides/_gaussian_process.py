@@ -29,7 +29,8 @@ def squared_exponential(a: Tensor, b: Tensor) -> Tensor:
         ``(*batch, n, m)``.
     """
     squares = a.square().sum(-1).unsqueeze(-1) + b.square().sum(-1).unsqueeze(-2)
-    return (a @ b.mT - 0.5 * squares).exp()
+    # Inputs far from the origin may round to a distance below 0.
+    return (a @ b.mT - 0.5 * squares).clamp(max=0.0).exp()
 
 
 @dataclass

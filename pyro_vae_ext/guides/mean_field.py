@@ -13,13 +13,20 @@ from pyro_vae_ext._checks import one_of, widths
 from pyro_vae_ext.guides._base import DirectFamily
 from pyro_vae_ext.guides._normal import CarryingNormal
 from pyro_vae_ext.nn._activations import ACTIVATIONS
+from pyro_vae_ext.nn._scales import head_bounded
 
 
 class MeanField(DirectFamily):
     r"""Diagonal Normal, :math:`q(z \mid c) = \prod_i N(z_i;\, \mu_i(c),\, \sigma_i(c)^2)`.
 
     Location and log-scale are linear heads on the context, after a dense network if
-    ``hidden_dims`` is given. Without a context they are free parameters.
+    ``hidden_dims`` is given,
+
+    .. math:: \mu(h) = W_\mu h + b_\mu, \qquad \log \sigma(h) = \rho(W_\sigma h) + b_\sigma,
+              \qquad \rho(x) = 3 x / \sqrt{9 + x^2},
+
+    so that a context, however large, moves the scale by :math:`e^{\pm 3}` at most. Both heads start
+    at a tenth of Glorot's scale. Without a context they are free parameters.
 
     Args:
         latent_dim: Dimension of the latent vector.
@@ -70,7 +77,8 @@ class MeanField(DirectFamily):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         with torch.no_grad():
-            # Scales near 1 at the start, whatever the context.
+            # Near the standard Normal at the start.
+            self.loc.weight.mul_(0.1)
             self.log_scale.weight.mul_(0.1)
 
     def loc_and_log_scale(self, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -80,7 +88,8 @@ class MeanField(DirectFamily):
         activate, _ = ACTIVATIONS[self.activation]
         for layer in self.trunk:
             context = activate(layer(context))
-        return self.loc(context), self.log_scale(context)
+        moved = head_bounded(nn.functional.linear(context, self.log_scale.weight))
+        return self.loc(context), moved + self.log_scale.bias
 
     def distribution(self, context: Tensor | None = None) -> TorchDistribution:
         """The diagonal Normal given ``context``: ``Normal(loc, scale).to_event(1)``."""

@@ -22,6 +22,7 @@ from pyro_vae_ext.guides._hierarchy import (
 )
 from pyro_vae_ext.guides._normal import CarryingNormal
 from pyro_vae_ext.guides.mean_field import MeanField
+from pyro_vae_ext.nn._scales import head_bounded
 
 _LENGTHSCALE = 1.0  # at the start, in units of a standard Normal's own size
 _SCALE = 0.3  # of z around the process at the start, where the process has an output of its own
@@ -194,7 +195,7 @@ class VGP(GuideFamily):
             targets = targets + self.targets_head(context).unflatten(-1, targets.shape)
         if self.amortize == "all":
             sources = sources + self.sources_head(context).unflatten(-1, sources.shape)
-            moved = self.kernel_head(context)
+            moved = head_bounded(self.kernel_head(context))
             log_lengthscale = log_lengthscale + moved[..., :-1]
             log_amplitude = log_amplitude + moved[..., -1]
         process = Process(self.kernel, sources, log_lengthscale, log_amplitude, self.jitter)

@@ -1,4 +1,4 @@
-"""The bound on the log-scales of a flow's steps."""
+"""Bounds on log-scales: of the steps of a flow, and of the heads on a context."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 # Nothing that training does to a net makes a step, or all steps together, nearly singular.
-_STEP_BOUND = 3.0
+_STEP_BOUND = 1.5
 _TOTAL_BOUND = 6.0
+# What a context can add to a log-scale, whatever the context's own scale.
+_HEAD_BOUND = 3.0
 
 
 def log_scale_bound(num_flows: int) -> float:
@@ -18,3 +20,12 @@ def log_scale_bound(num_flows: int) -> float:
 def bounded(raw: Tensor, bound: float) -> Tensor:
     """``raw`` near 0, and never outside of ``bound`` on either side."""
     return bound * torch.tanh(raw / bound)
+
+
+def head_bounded(raw: Tensor) -> Tensor:
+    """``raw`` near 0, and never outside of 3 on either side.
+
+    The slope falls as a power of ``raw``, so that a head that starts far out is trained back: the
+    optimisers that divide by the size of a gradient see one that is small, and not one that is 0.
+    """
+    return raw * torch.rsqrt(1.0 + (raw / _HEAD_BOUND).square())

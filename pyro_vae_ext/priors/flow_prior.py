@@ -22,7 +22,7 @@ class FlowPrior(nn.Module):
     .. math::
         u_0 = z, \qquad (m_t, s_t) = \mathrm{net}_t(u_{t-1}), \qquad
         u_t = (u_{t-1} - m_t) \odot e^{-a_t}, \qquad u_T \sim N(0, I), \\
-        a_t = b \tanh(s_t / b), \qquad b = \min(3, 6 / T),
+        a_t = b \tanh(s_t / b), \qquad b = \min(1.5, 6 / T),
 
     where every net is autoregressive and the order is reversed from one step to the next. All
     steps together scale by :math:`e^{-6}` to :math:`e^6` at most, so that no training makes them

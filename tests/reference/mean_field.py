@@ -12,6 +12,11 @@ from .masked import ACTIVATIONS
 LOG_2PI = np.log(2.0 * np.pi)
 
 
+def bounded(raw):
+    """What a head adds to a log-scale: within 3 on either side."""
+    return raw / np.sqrt(1 + raw**2 / 9)
+
+
 def heads(weights, context=None, activation="elu"):
     """Location and log-scale, `(*batch, D)` each.
 
@@ -30,10 +35,8 @@ def heads(weights, context=None, activation="elu"):
     while f"trunk.{layer}.weight" in weights:
         hidden = act(hidden @ weights[f"trunk.{layer}.weight"].T + weights[f"trunk.{layer}.bias"])
         layer += 1
-    return tuple(
-        hidden @ weights[f"{head}.weight"].T + weights[f"{head}.bias"]
-        for head in ("loc", "log_scale")
-    )
+    loc, raw = (hidden @ weights[f"{head}.weight"].T for head in ("loc", "log_scale"))
+    return loc + weights["loc.bias"], bounded(raw) + weights["log_scale.bias"]
 
 
 def sample(noise, loc, log_scale):

@@ -387,10 +387,7 @@ def test_the_reverse_model_of_the_process_output_is_exact():
     weights, context = small_vgp()
     z, xi, options = np.array([0.7]), np.array([0.4]), {"jitter": 1e-2}
     mean, log_sd = vgp.process(xi, weights, context, **options)
-    loc, log_scale = (
-        weights[f"base.{head}.weight"] @ context + weights[f"base.{head}.bias"]
-        for head in ("loc", "log_scale")
-    )
+    loc, log_scale = mean_field.heads(vgp.part(weights, "base."), context)
 
     def joint(f):
         return stats.norm.pdf(f, mean[0], np.exp(log_sd[0])) * stats.norm.pdf(
@@ -399,12 +396,8 @@ def test_the_reverse_model_of_the_process_output_is_exact():
 
     marginal, _ = integrate.quad(joint, mean[0] - 10, mean[0] + 10, points=[mean[0]], limit=200)
     seen = np.concatenate([z, context])
-    reverse = stats.norm(
-        *(
-            link(weights[f"reverse.{head}.weight"] @ seen + weights[f"reverse.{head}.bias"])[0]
-            for head, link in (("loc", np.array), ("log_scale", np.exp))
-        )
-    )
+    head, log_head = mean_field.heads(vgp.part(weights, "reverse."), seen)
+    reverse = stats.norm(head[0], np.exp(log_head[0]))
     expected = stats.norm.logpdf(xi[0]) + np.log(marginal) - reverse.logpdf(xi[0])
     for f in (-2.0, 0.1, 3.0):
         values = {"xi": xi, "f": np.array([f]), "z": z}
@@ -419,10 +412,7 @@ def test_the_density_of_a_vgp_integrates_to_its_marginal():
     z, options = np.array([0.7]), {"jitter": 1e-2}
     grid = np.linspace(-8.0, 8.0, 801)[:, None]
     mean, log_sd = vgp.process(grid, weights, context, **options)
-    loc, log_scale = (
-        weights[f"base.{head}.weight"] @ context + weights[f"base.{head}.bias"]
-        for head in ("loc", "log_scale")
-    )
+    loc, log_scale = mean_field.heads(vgp.part(weights, "base."), context)
     noise = np.linspace(-8.0, 8.0, 401)
     f = mean + np.exp(log_sd) * noise
     given_xi = np.sum(
@@ -432,10 +422,8 @@ def test_the_density_of_a_vgp_integrates_to_its_marginal():
     direct = np.sum(stats.norm.pdf(grid[:, 0]) * given_xi) * step
 
     seen = np.concatenate([z, context])
-    reverse = stats.norm(
-        weights["reverse.loc.weight"] @ seen + weights["reverse.loc.bias"],
-        np.exp(weights["reverse.log_scale.weight"] @ seen + weights["reverse.log_scale.bias"]),
-    )
+    head, log_head = mean_field.heads(vgp.part(weights, "reverse."), seen)
+    reverse = stats.norm(head, np.exp(log_head))
     values = {"xi": grid, "z": np.broadcast_to(z, grid.shape)}
     log_ratio = vgp.log_density(values, weights, context, **options)
     weighed = np.sum(reverse.pdf(grid[:, 0]) * np.exp(log_ratio)) * step

@@ -44,7 +44,7 @@ def data(weights, context, amortize):
         targets = targets + (weights["targets_head.weight"] @ context).reshape(targets.shape)
     if amortize == "all":
         sources = sources + (weights["sources_head.weight"] @ context).reshape(sources.shape)
-        moved = weights["kernel_head.weight"] @ context
+        moved = mean_field.bounded(weights["kernel_head.weight"] @ context)
         log_lengthscale = log_lengthscale + moved[:-1]
         log_amplitude = log_amplitude + moved[-1]
     return sources, targets, log_lengthscale, log_amplitude
