@@ -74,7 +74,9 @@ class QueriedGuide(FamilyGuide):
         num_samples: int = 10_000,
         **kwargs: Any,
     ) -> Values:
-        """Median of every unconstrained number, mapped to the support, by Monte Carlo.
+        """Median of every unconstrained number, mapped to the support.
+
+        Exact where the guide is a Normal in unconstrained space, and by Monte Carlo elsewhere.
 
         Args:
             params: Constrained parameters, as ``svi.get_params`` gives them.
@@ -92,10 +94,13 @@ class QueriedGuide(FamilyGuide):
         """
         positive_int("num_samples", num_samples)
         args, kwargs = self._given(args, kwargs)
-        rng_key = random.key(0) if rng_key is None else rng_key
-        drawn = self._drawn(rng_key, params, num_samples, args, kwargs)
-        free = {name: jnp.median(x, axis=0)[None] for name, x in drawn.free.items()}
-        return self._constrained(params, drawn._replace(free=free), (), args, kwargs)
+        drawn = self._exact_median(params)
+        if drawn is None:
+            rng_key = random.key(0) if rng_key is None else rng_key
+            drawn = self._drawn(rng_key, params, num_samples, args, kwargs)
+            free = {name: jnp.median(x, axis=0)[None] for name, x in drawn.free.items()}
+            drawn = drawn._replace(free=free)
+        return self._constrained(params, drawn, (), args, kwargs)
 
     def quantiles(
         self,
@@ -106,7 +111,10 @@ class QueriedGuide(FamilyGuide):
         num_samples: int = 10_000,
         **kwargs: Any,
     ) -> Values:
-        """Quantiles of the marginals of every latent site, by Monte Carlo.
+        """Quantiles of the marginals of every latent site.
+
+        Exact where the guide is a Normal in unconstrained space and the support is one of
+        numbers, each for itself; by Monte Carlo elsewhere.
 
         Args:
             params: Constrained parameters, as ``svi.get_params`` gives them.
@@ -125,14 +133,26 @@ class QueriedGuide(FamilyGuide):
         """
         positive_int("num_samples", num_samples)
         args, kwargs = self._given(args, kwargs)
+        levels = jnp.asarray(quantiles)
+        exact = self._exact_quantiles(params, levels)
+        if exact and not self._asks_model and self._names == set(exact):
+            return exact
         rng_key = random.key(0) if rng_key is None else rng_key
         drawn = self._drawn(rng_key, params, num_samples, args, kwargs)
         draws = self._constrained(params, drawn, (num_samples,), args, kwargs)
-        levels = jnp.asarray(quantiles)
-        return {
+        found = {
             name: jnp.quantile(x, levels.ravel(), axis=0).reshape(*levels.shape, *x.shape[1:])
             for name, x in draws.items()
         }
+        return {**found, **exact}
+
+    def _exact_median(self, params: dict[str, Any]) -> Latents | None:
+        """The medians of the unconstrained numbers, a dimension in front, if they are known."""
+        return None
+
+    def _exact_quantiles(self, params: dict[str, Any], levels: jax.Array) -> Values:
+        """Quantiles of the sites of which they are known."""
+        return {}
 
     def _given(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of a question; where there are none, those of the first call."""

@@ -15,11 +15,12 @@ import numpyro
 import numpyro.distributions as dist
 from flax import nnx
 from jax.scipy.linalg import solve_triangular
+from jax.scipy.special import ndtri
 from numpyro.distributions import constraints
-from numpyro.distributions.transforms import Transform
+from numpyro.distributions.transforms import IndependentTransform, Transform
 from numpyro.infer.autoguide import AutoContinuous
 
-from numpyro_vae_ext.guides._auto import Latents, Site
+from numpyro_vae_ext.guides._auto import Latents, Site, Values
 from numpyro_vae_ext.guides._base import DirectFamily, GuideFamily
 from numpyro_vae_ext.guides._flow import FlowDistribution
 from numpyro_vae_ext.guides._queries import QueriedGuide
@@ -64,6 +65,48 @@ class TransportGuide(QueriedGuide, AutoContinuous):
     def get_posterior(self, params: dict[str, Any]) -> dist.Distribution:
         """The distribution of the unconstrained vector, as for :meth:`get_transform`."""
         return Posterior(self.get_base_dist(), [self.get_transform(params)])
+
+    def _exact_median(self, params: dict[str, Any]) -> Latents | None:
+        normal = self._normal(params)
+        if normal is None:
+            return None
+        free = {name: x[None] for name, x in self._unpack_latent(normal[0]).items()}
+        return Latents(self._sites, free, {}, {}, {})
+
+    def _exact_quantiles(self, params: dict[str, Any], levels: jax.Array) -> Values:
+        normal = self._normal(params)
+        if normal is None:
+            return {}
+        loc, scale = normal
+        step = scale * ndtri(levels.ravel().astype(loc.dtype))[:, None]
+        # Upwards and downwards: the map onto the support may fall.
+        up, down, ends = (
+            jax.vmap(self._unpack_latent)(x)
+            for x in (loc + step, loc - step, jnp.stack([loc - scale, loc + scale]))
+        )
+        found = {}
+        for site in self._sites:
+            transform = site.transform
+            while isinstance(transform, IndependentTransform):
+                transform = transform.base_transform
+            if transform is None or transform.domain.event_dim or transform.codomain.event_dim:
+                continue
+            low, high = transform(ends[site.name])
+            value = jnp.where(high >= low, transform(up[site.name]), transform(down[site.name]))
+            found[site.name] = value.reshape(*levels.shape, *value.shape[1:])
+        return found
+
+    def _normal(self, params: dict[str, Any]) -> tuple[jax.Array, jax.Array] | None:
+        """Location and scale of the marginals of the vector, where they are Normal."""
+        family, loc, scale = self._posterior(params)
+        fn: Any = family.distribution(None) if isinstance(family, DirectFamily) else None
+        while isinstance(fn, dist.Independent | dist.ExpandedDistribution):
+            fn = fn.base_dist
+        if not isinstance(fn, dist.Normal):
+            return None
+        if scale.ndim == 1:
+            return loc + scale * fn.loc, scale * fn.scale
+        return loc + scale @ fn.loc, jnp.linalg.norm(scale * fn.scale, axis=-1)
 
     def _get_posterior(self) -> dist.Distribution:
         # The host's own name for it, under a handler that knows the parameters.

@@ -60,7 +60,9 @@ class QueriedGuide(FamilyGuide):
         return {site.name: site.transform(value) for site, value in draws}
 
     def median(self, *args: Any, num_samples: int = 10_000, **kwargs: Any) -> dict[str, Tensor]:
-        """Median of every unconstrained number, mapped to the support, by Monte Carlo.
+        """Median of every unconstrained number, mapped to the support.
+
+        Exact where the guide is a Normal in unconstrained space, and by Monte Carlo elsewhere.
 
         Args:
             args: Positional arguments of the model, as for :meth:`sample_posterior`.
@@ -70,13 +72,20 @@ class QueriedGuide(FamilyGuide):
         Returns:
             Constrained values of the shape of the site, by site: a simplex is one.
         """
-        draws = self._draw((positive_int("num_samples", num_samples),), args, kwargs)
+        shape = (positive_int("num_samples", num_samples),)
+        exact = self._exact_median(args, kwargs)
+        if exact is not None:
+            return exact
+        draws = self._draw(shape, args, kwargs)
         return {site.name: site.transform(value.quantile(0.5, 0)) for site, value in draws}
 
     def quantiles(
         self, quantiles: Any, *args: Any, num_samples: int = 10_000, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Quantiles of the marginals of every latent site, by Monte Carlo.
+        """Quantiles of the marginals of every latent site.
+
+        Exact where the guide is a Normal in unconstrained space and the support is one of
+        numbers, each for itself; by Monte Carlo elsewhere.
 
         Args:
             quantiles: A number between 0 and 1, or a list of them.
@@ -88,11 +97,24 @@ class QueriedGuide(FamilyGuide):
             Quantiles of the constrained values, ``(*quantiles.shape, *site)``, by site.
         """
         shape = (positive_int("num_samples", num_samples),)
+        exact, complete = self._exact_quantiles(quantiles, args, kwargs)
+        if complete:
+            return exact
         result = {}
         for site, draws in self._draw(shape, args, kwargs):
             levels = torch.as_tensor(quantiles, dtype=draws.dtype, device=draws.device)
             result[site.name] = quantile(site.transform(draws), levels)
-        return result
+        return {**result, **exact}
+
+    def _exact_median(self, args: tuple, kwargs: dict) -> dict[str, Tensor] | None:
+        """The medians of the unconstrained numbers on the support, if they are known."""
+        return None
+
+    def _exact_quantiles(
+        self, quantiles: Any, args: tuple, kwargs: dict
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Quantiles of the sites of which they are known, and whether these are all."""
+        return {}, False
 
     @torch.no_grad()
     def _picked(
@@ -116,12 +138,7 @@ class QueriedGuide(FamilyGuide):
                 "reads; got none. Pass the rows to draw for."
             )
         with poutine.block(), self._pyro_context:
-            # The plates of a list's part are those of the list.
-            master = self if self.master is None else self.master()
-            if master is not self and master.prototype_trace is None:
-                master._setup_prototype(*args, **kwargs)
-            self._prepare(args, kwargs)
-            plates = self._plates(master, args, kwargs)
+            plates = self._plates(self._ready(args, kwargs), args, kwargs)
             sites = [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
             depth = max(site["value"].dim() - site["fn"].event_dim for site in sites)
             draws = []
@@ -130,6 +147,15 @@ class QueriedGuide(FamilyGuide):
                     own = value.shape[value.dim() - len(site.batch + site.event) :]
                     draws.append((site, value.reshape(sample_shape + tuple(own))))
         return draws
+
+    def _ready(self, args: tuple, kwargs: dict) -> Any:
+        """Make the first call where there was none; whose plates a draw is in."""
+        # The plates of a list's part are those of the list.
+        master = self if self.master is None else self.master()
+        if master is not self and master.prototype_trace is None:
+            master._setup_prototype(*args, **kwargs)
+        self._prepare(args, kwargs)
+        return master
 
     def _plates(self, master: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
         """The plates of a question; without arguments those of the first call."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.distributions import TorchDistribution, constraints
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
@@ -79,6 +80,48 @@ class TransportGuide(QueriedGuide, AutoContinuous):
             )
         return family.distribution(None), loc, scale
 
+    @torch.no_grad()
+    def _exact_median(self, args: tuple, kwargs: dict) -> dict[str, Tensor] | None:
+        normal = self._normal(args, kwargs)
+        if normal is None:
+            return None
+        return {site.name: site.transform(x.clone()) for site, x in split(self._sites, normal[0])}
+
+    @torch.no_grad()
+    def _exact_quantiles(
+        self, quantiles: Any, args: tuple, kwargs: dict
+    ) -> tuple[dict[str, Tensor], bool]:
+        normal = self._normal(args, kwargs)
+        if normal is None:
+            return {}, False
+        loc, scale = normal
+        levels = torch.as_tensor(quantiles, dtype=loc.dtype, device=loc.device)
+        found = {}
+        sides = zip(*(split(self._sites, x) for x in (loc, scale)), strict=True)
+        for (site, middle), (_, width) in sides:
+            if not _is_elementwise(site.transform):
+                continue
+            step = torch.special.ndtri(levels).reshape(-1, *(1 for _ in middle.shape)) * width
+            # Upwards and downwards: the map onto the support may fall.
+            rises = site.transform(middle + width) >= site.transform(middle - width)
+            value = torch.where(rises, site.transform(middle + step), site.transform(middle - step))
+            found[site.name] = value.reshape(*levels.shape, *value.shape[1:])
+        return found, len(found) == len(self._sites)
+
+    def _normal(self, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor] | None:
+        """Location and scale of the marginals of the vector, where they are Normal."""
+        with poutine.block(), self._pyro_context:
+            self._ready(args, kwargs)
+        family, loc, scale = self._posterior()
+        fn: Any = family.distribution(None) if isinstance(family, DirectFamily) else None
+        while isinstance(fn, torch.distributions.Independent | dist.ExpandedDistribution):
+            fn = fn.base_dist
+        if not isinstance(fn, torch.distributions.Normal):
+            return None
+        if scale.dim() == 1:
+            return loc + scale * fn.loc, scale * fn.scale
+        return loc + scale @ fn.loc, torch.linalg.vector_norm(scale * fn.scale, dim=-1)
+
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
         for site, value in split(self._sites, latent):
             yield self.prototype_trace.nodes[site.name], value
@@ -123,6 +166,12 @@ class Transport(transforms.Transform):
 
     def _log_scale(self) -> Tensor:
         return (self.scale if self.scale.dim() == 1 else self.scale.diagonal()).log().sum()
+
+
+def _is_elementwise(transform: Any) -> bool:
+    while isinstance(transform, transforms.IndependentTransform):
+        transform = transform.base_transform
+    return transform.domain.event_dim == transform.codomain.event_dim == 0
 
 
 class Posterior(dist.TransformedDistribution):

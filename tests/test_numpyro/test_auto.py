@@ -406,13 +406,15 @@ def test_draws_medians_and_quantiles() -> None:
             guide.median(params, x, rng_key=KEY, num_samples=100),
         )
     )()
-    np.testing.assert_allclose(middle["a"], 2.0, rtol=0.02)
+    # Exact, whatever the draws; a deterministic site's are by Monte Carlo.
+    np.testing.assert_allclose(middle["a"], 2.0, rtol=1e-6)
+    np.testing.assert_array_equal(other["b"], middle["b"])
     assert found["b"].shape == (2, 2, 3) and found["twice"].shape == (2,)
-    np.testing.assert_array_equal(found["b"][1], middle["b"])
+    np.testing.assert_allclose(found["b"][1], middle["b"], rtol=1e-6, atol=1e-9)
     expected = dist.Normal(jnp.log(2.0), 0.1).icdf(0.1)
-    np.testing.assert_allclose(jnp.log(found["a"][0]), expected, atol=0.01)
-    np.testing.assert_allclose(found["twice"], 2 * found["a"], rtol=1e-6)
-    assert np.abs(other["a"] - middle["a"]) > 1e-4
+    np.testing.assert_allclose(jnp.log(found["a"][0]), expected, rtol=1e-6)
+    np.testing.assert_allclose(found["twice"], 2 * found["a"], rtol=0.01)
+    assert (np.asarray(found["twice"]) != 2 * found["a"]).all()
     with pytest.raises(ValueError, match="^Expected num_samples >= 1; got 0.$"):
         guide.median(params, x, num_samples=0)
 

@@ -13,7 +13,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from flax import nnx
-from numpyro.distributions.transforms import ExpTransform, LowerCholeskyAffine
+from numpyro.distributions.transforms import AffineTransform, ExpTransform, LowerCholeskyAffine
 from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, init_to_value
 from numpyro.infer.reparam import NeuTraReparam
 from numpyro.infer.util import log_density
@@ -125,6 +125,34 @@ def test_the_posterior_itself_is_sent_to_a_standard_normal(exact: None) -> None:
     for noise in normal(3, 2):
         found = log_density(through, (), {}, {"auto_shared_latent": noise})[0]
         np.testing.assert_allclose(found, dist.Normal().log_prob(noise).sum(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["MeanField", "IAF"])
+def test_quantiles_of_a_normal_are_exact(family: str) -> None:
+    """Upwards and downwards maps, and one of several numbers, against Monte Carlo."""
+
+    def model() -> None:
+        numpyro.sample("up", dist.LogNormal(jnp.zeros(2), 1.0).to_event(1))
+        parts = [ExpTransform(), AffineTransform(3.0, -1.0)]
+        numpyro.sample("down", dist.TransformedDistribution(dist.Normal(), parts))
+        numpyro.sample("share", dist.Dirichlet(jnp.ones(3)))
+
+    guide = AutoPosterior(model, {**FAMILIES, "MeanField": MeanField}[family], init_scale=0.5)
+    params = trained(model, guide)
+    levels = jnp.array([[0.05, 0.5], [0.8, 0.95]])
+    ask = jax.jit(lambda num: guide.quantiles(params, levels, num_samples=num), static_argnums=0)
+    found, again = ask(20_000), ask(10)
+    draws = guide.sample_posterior(KEY, params, sample_shape=(20_000,))
+    for name, value in draws.items():
+        shares = (value < found[name][:, :, None]).mean(2)
+        assert (np.abs(shares - levels.reshape(2, 2, *(1 for _ in value.shape[1:]))) < 0.02).all()
+        if family != "IAF" and name != "share":
+            np.testing.assert_array_equal(found[name], again[name])
+        else:
+            assert (found[name] != again[name]).any()
+    middle = guide.median(params, num_samples=20_000)
+    np.testing.assert_allclose(middle["down"], found["down"][0, 1], rtol=2e-3)
+    np.testing.assert_allclose(middle["share"].sum(), 1.0, rtol=1e-6)
 
 
 def test_nuts_on_the_funnel() -> None:

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.distributions.transforms import ExpTransform, LowerCholeskyAffine
+from pyro.distributions.transforms import AffineTransform, ExpTransform, LowerCholeskyAffine
 from pyro.infer import MCMC, NUTS, SVI
 from pyro.infer.autoguide import init_to_value
 from pyro.infer.reparam import NeuTraReparam
@@ -121,6 +121,32 @@ def test_the_posterior_itself_is_sent_to_a_standard_normal(exact: None) -> None:
         found = log_density(through(guide, model)[1], {"a_shared_latent": noise})
         expected = dist.Normal(0.0, 1.0).log_prob(noise).sum()
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("family", ["MeanField", "IAF"])
+def test_quantiles_of_a_normal_are_exact(family: str) -> None:
+    """Upwards and downwards maps, and one of several numbers, against Monte Carlo."""
+
+    def model() -> None:
+        pyro.sample("up", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+        parts = [ExpTransform(), AffineTransform(3.0, -1.0)]
+        pyro.sample("down", dist.TransformedDistribution(dist.Normal(0.0, 1.0), parts))
+        pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+
+    guide = AutoPosterior(model, {**FAMILIES, "MeanField": MeanField}[family], init_scale=0.5)
+    guide()
+    shaken(guide.latent.family)
+    levels = torch.tensor([0.05, 0.5, 0.8, 0.95])
+    found, again = guide.quantiles(levels, num_samples=20_000), guide.quantiles(levels)
+    for name, value in guide.sample_posterior(sample_shape=(20_000,)).items():
+        shares = (value < found[name][:, None]).to(value.dtype).mean(1)
+        assert ((shares - levels.reshape(4, *(1 for _ in value.shape[1:]))).abs() < 0.02).all()
+        exact = family != "IAF" and name != "share"
+        assert torch.equal(found[name], again[name]) == exact
+        assert not found[name].requires_grad
+    middle = guide.median(num_samples=20_000)
+    torch.testing.assert_close(middle["down"], found["down"][1], rtol=2e-3, atol=0)
+    torch.testing.assert_close(middle["share"].sum(), torch.tensor(1.0))
 
 
 def test_nuts_on_the_funnel() -> None:
