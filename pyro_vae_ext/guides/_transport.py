@@ -108,6 +108,13 @@ class TransportGuide(QueriedGuide, AutoContinuous):
             found[site.name] = value.reshape(*levels.shape, *value.shape[1:])
         return found, len(found) == len(self._sites)
 
+    def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        # The host's own name for it.
+        normal = self._normal(args, kwargs)
+        if normal is None:
+            raise NotImplementedError
+        return normal
+
     def _normal(self, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor] | None:
         """Location and scale of the marginals of the vector, where they are Normal."""
         with poutine.block(), self._pyro_context:
