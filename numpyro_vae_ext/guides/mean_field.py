@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +17,12 @@ from numpyro_vae_ext.nn._activations import ACTIVATIONS
 from numpyro_vae_ext.nn._scales import head_bounded
 
 _glorot = jax.nn.initializers.glorot_uniform()
+# Of Glorot's scale. A location that starts smaller still leaves fewer units of a VAE active.
+_LOC_START, _LOG_SCALE_START = 0.3, 0.1
 
 
-def _small_glorot(key: jax.Array, shape: Sequence[int], dtype: Any = None) -> jax.Array:
-    return 0.1 * _glorot(key, tuple(shape), dtype)
+def _scaled_glorot(scale: float) -> Callable[..., jax.Array]:
+    return lambda key, shape, dtype=None: scale * _glorot(key, tuple(shape), dtype)
 
 
 class MeanField(DirectFamily):
@@ -32,7 +34,7 @@ class MeanField(DirectFamily):
 
     where :math:`h` is the context :math:`c` after the hidden layers and
     :math:`\rho(x) = 3 x / \sqrt{9 + x^2}`: a context, however large, moves the scale by
-    :math:`e^{\pm 3}` at most. Both heads start at a tenth of Glorot's scale. Without a context,
+    :math:`e^{\pm 3}` at most. The heads start at .3 and .1 of Glorot's scale. Without a context,
     :math:`\mu` and :math:`\log \sigma` are free parameters that start at 0.
 
     Args:
@@ -93,8 +95,14 @@ class MeanField(DirectFamily):
         )
         width = (context_dim, *hidden_dims)[-1]
         self.loc, self.log_scale = (
-            nnx.Linear(width, latent_dim, kernel_init=_small_glorot, param_dtype=dtype, rngs=rngs)
-            for _ in range(2)
+            nnx.Linear(
+                width,
+                latent_dim,
+                kernel_init=_scaled_glorot(scale),
+                param_dtype=dtype,
+                rngs=rngs,
+            )
+            for scale in (_LOC_START, _LOG_SCALE_START)
         )
 
     def loc_and_log_scale(self, context: Any = None) -> tuple[jax.Array, jax.Array]:

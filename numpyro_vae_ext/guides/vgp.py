@@ -218,9 +218,9 @@ class VGP(GuideFamily):
         if self.amortize == "all":
             moved = self.sources_head(context)
             sources = sources + moved.reshape(*moved.shape[:-1], *sources.shape)
-            moved = head_bounded(self.kernel_head(context))
-            log_lengthscale = log_lengthscale + moved[..., :-1]
-            log_amplitude = log_amplitude + moved[..., -1]
+            shape = head_bounded(self.kernel_head(context))
+            log_lengthscale = log_lengthscale + shape[..., :-1]
+            log_amplitude = log_amplitude + shape[..., -1]
         process = Process(self.kernel, sources, log_lengthscale, log_amplitude, self.jitter)
         return process, targets
 

@@ -15,6 +15,9 @@ from pyro_vae_ext.guides._normal import CarryingNormal
 from pyro_vae_ext.nn._activations import ACTIVATIONS
 from pyro_vae_ext.nn._scales import head_bounded
 
+# Of Glorot's scale. A location that starts smaller still leaves fewer units of a VAE active.
+_LOC_START, _LOG_SCALE_START = 0.3, 0.1
+
 
 class MeanField(DirectFamily):
     r"""Diagonal Normal, :math:`q(z \mid c) = \prod_i N(z_i;\, \mu_i(c),\, \sigma_i(c)^2)`.
@@ -25,8 +28,8 @@ class MeanField(DirectFamily):
     .. math:: \mu(h) = W_\mu h + b_\mu, \qquad \log \sigma(h) = \rho(W_\sigma h) + b_\sigma,
               \qquad \rho(x) = 3 x / \sqrt{9 + x^2},
 
-    so that a context, however large, moves the scale by :math:`e^{\pm 3}` at most. Both heads start
-    at a tenth of Glorot's scale. Without a context they are free parameters.
+    so that a context, however large, moves the scale by :math:`e^{\pm 3}` at most. The heads start
+    at .3 and .1 of Glorot's scale. Without a context they are free parameters.
 
     Args:
         latent_dim: Dimension of the latent vector.
@@ -77,19 +80,19 @@ class MeanField(DirectFamily):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         with torch.no_grad():
-            # Near the standard Normal at the start.
-            self.loc.weight.mul_(0.1)
-            self.log_scale.weight.mul_(0.1)
+            self.loc.weight.mul_(_LOC_START)
+            self.log_scale.weight.mul_(_LOG_SCALE_START)
 
     def loc_and_log_scale(self, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Location and log-scale, each ``(*batch, latent_dim)``."""
         if self.context_dim is None:
             return self.loc, self.log_scale
         activate, _ = ACTIVATIONS[self.activation]
+        hidden: Any = context
         for layer in self.trunk:
-            context = activate(layer(context))
-        moved = head_bounded(nn.functional.linear(context, self.log_scale.weight))
-        return self.loc(context), moved + self.log_scale.bias
+            hidden = activate(layer(hidden))
+        moved = head_bounded(nn.functional.linear(hidden, self.log_scale.weight))
+        return self.loc(hidden), moved + self.log_scale.bias
 
     def distribution(self, context: Tensor | None = None) -> TorchDistribution:
         """The diagonal Normal given ``context``: ``Normal(loc, scale).to_event(1)``."""

@@ -189,15 +189,17 @@ class VGP(GuideFamily):
 
     def _process(self, context: Tensor | None) -> tuple[Process, Tensor]:
         """The process, and its targets."""
-        sources, targets = self.sources, self.targets
-        log_lengthscale, log_amplitude = self.log_lengthscale, self.log_amplitude
+        sources: Tensor = self.sources
+        targets: Tensor = self.targets
+        log_lengthscale: Tensor = self.log_lengthscale
+        log_amplitude: Tensor = self.log_amplitude
         if self.amortize != "none":
             targets = targets + self.targets_head(context).unflatten(-1, targets.shape)
         if self.amortize == "all":
             sources = sources + self.sources_head(context).unflatten(-1, sources.shape)
-            moved = head_bounded(self.kernel_head(context))
-            log_lengthscale = log_lengthscale + moved[..., :-1]
-            log_amplitude = log_amplitude + moved[..., -1]
+            shape = head_bounded(self.kernel_head(context))
+            log_lengthscale = log_lengthscale + shape[..., :-1]
+            log_amplitude = log_amplitude + shape[..., -1]
         process = Process(self.kernel, sources, log_lengthscale, log_amplitude, self.jitter)
         return process, targets
 
