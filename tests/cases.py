@@ -90,6 +90,7 @@ CASES: dict[str, dict[str, list[dict]]] = {
                 "context_dim": 4,
                 "input_dim": 2,
                 "num_inducing": 6,
+                "mean": "zero",
                 "amortize": "none",
                 "hidden_dims": (5, 4),
                 "activation": "tanh",

@@ -40,7 +40,9 @@ class VGP(GuideFamily):
         f_i(\xi) \sim GP(0, K) \mid \{(s_n, t_{n,i})\}_{n \le m}, \qquad
         z_i \sim N(\mu_i(c) + f_i(\xi),\, \sigma_i(c)^2)
 
-    The variational data :math:`(s, t)` bend the inputs' Normal into any density. The kernel is
+    The variational data :math:`(s, t)` bend the inputs' Normal into any density. The process has
+    the identity as its mean function, so that far from the sources the map falls back to
+    :math:`\xi`, or with ``mean="zero"`` to 0. The kernel is
     :math:`K(x, y) = \alpha^2\, k(x / \ell, y / \ell)` with a length scale per input (ARD). Process
     and likelihood are Gaussian: with the process's mean :math:`m(\xi)` and variance
     :math:`v(\xi)`, :math:`q(z_i \mid \xi, c) = N(\mu_i + m_i,\, v + \sigma_i^2)` is drawn as one.
@@ -69,6 +71,8 @@ class VGP(GuideFamily):
             for ``(*batch, n, m)``; the squared-exponential one by default. The parameters of a
             kernel that is an ``nnx.Module`` are trained as well.
         jitter: White noise of the process, relative to the kernel's diagonal.
+        mean: Mean function of the process before it is conditioned: ``"identity"`` (coordinate i
+            of :math:`\xi` for output i, 0 for outputs beyond ``input_dim``) or ``"zero"``.
         amortize: What linear heads on the context move: ``"none"`` (the default without a
             context), ``"targets"`` (the default with one), or ``"all"``, which is targets,
             sources and kernel parameters. The location and the scale of :math:`z` and the reverse
@@ -91,6 +95,8 @@ class VGP(GuideFamily):
     References:
         Tran, Ranganath and Blei, 2016, *The Variational Gaussian Process*, arXiv:1511.06499,
         sec. 2.2 (the process), sec. 3.1 (the reverse model), sec. 3.2 (inference networks).
+        Salimbeni and Deisenroth, 2017, *Doubly Stochastic Variational Inference for Deep Gaussian
+        Processes*, arXiv:1705.08933 (the mean function).
 
     Example:
         >>> import jax.numpy as jnp, numpyro
@@ -114,6 +120,7 @@ class VGP(GuideFamily):
         targets: Any = None,
         kernel: Kernel | None = None,
         jitter: float = 1e-4,
+        mean: str = "identity",
         amortize: str | None = None,
         reverse_family: Callable[..., Any] | None = None,
         hidden_dims: Sequence[int] = (64, 64),
@@ -133,6 +140,7 @@ class VGP(GuideFamily):
         if not jitter > 0.0:
             raise ValueError(f"Expected jitter > 0; got {jitter}.")
         self.jitter = jitter
+        self.mean = one_of("mean", mean, ("identity", "zero"))
         self.kernel = squared_exponential if kernel is None else kernel
         dtype = param_dtype_or_default(param_dtype)
         if sources is None:
@@ -206,10 +214,10 @@ class VGP(GuideFamily):
             )
         process, targets = self._process(context)
         weights, covariance = process.covariance(inputs)
-        return weights.mT @ targets, covariance
+        return self._before(inputs) + weights.mT @ targets, covariance
 
     def _process(self, context: Any) -> tuple[Process, jax.Array]:
-        """The process, and its targets."""
+        """The process, and how far its targets are from its mean function."""
         sources, targets = self.sources[...], self.targets[...]
         log_lengthscale, log_amplitude = self.log_lengthscale[...], self.log_amplitude[...]
         if self.amortize != "none":
@@ -222,7 +230,13 @@ class VGP(GuideFamily):
             log_lengthscale = log_lengthscale + shape[..., :-1]
             log_amplitude = log_amplitude + shape[..., -1]
         process = Process(self.kernel, sources, log_lengthscale, log_amplitude, self.jitter)
-        return process, targets
+        return process, targets - self._before(sources)
+
+    def _before(self, inputs: jax.Array) -> jax.Array:
+        """The mean function, ``(*batch, latent_dim)`` of inputs ``(*batch, input_dim)``."""
+        shared = min(self.latent_dim, self.input_dim) if self.mean == "identity" else 0
+        rest = [(0, 0)] * (inputs.ndim - 1) + [(0, self.latent_dim - shared)]
+        return jnp.pad(inputs[..., :shared], rest)
 
     def _law(self, context: jax.Array | None) -> _Law:
         return _Law(self, context, *self._process(context), *self.base.loc_and_log_scale(context))
@@ -278,6 +292,7 @@ class _Law(NamedTuple):
         variance = jnp.moveaxis(variance, -1, 0).reshape(*batch, 1)
         mean = jnp.einsum("...m,...md->...d", weights, self.targets)
         total = variance + jnp.exp(2.0 * self.log_scale)
+        mean = mean + self.family._before(xi)
         return CarryingNormal(self.loc + mean, 0.5 * jnp.log(total))
 
 

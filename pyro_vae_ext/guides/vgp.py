@@ -36,7 +36,9 @@ class VGP(GuideFamily):
         f_i(\xi) \sim GP(0, K) \mid \{(s_n, t_{n,i})\}_{n \le m}, \qquad
         z_i \sim N(\mu_i(c) + f_i(\xi),\, \sigma_i(c)^2)
 
-    The variational data :math:`(s, t)` bend the inputs' Normal into any density. The kernel is
+    The variational data :math:`(s, t)` bend the inputs' Normal into any density. The process has
+    the identity as its mean function, so that far from the sources the map falls back to
+    :math:`\xi`, or with ``mean="zero"`` to 0. The kernel is
     :math:`K(x, y) = \alpha^2\, k(x / \ell, y / \ell)` with a length scale per input (ARD). Process
     and likelihood are Gaussian: with the process's mean :math:`m(\xi)` and variance
     :math:`v(\xi)`, :math:`q(z_i \mid \xi, c) = N(\mu_i + m_i,\, v + \sigma_i^2)` is drawn as one.
@@ -65,6 +67,8 @@ class VGP(GuideFamily):
             for ``(*batch, n, m)``; the squared-exponential one by default. The parameters of a
             kernel that is a module are trained as well.
         jitter: White noise of the process, relative to the kernel's diagonal.
+        mean: Mean function of the process before it is conditioned: ``"identity"`` (coordinate i
+            of :math:`\xi` for output i, 0 for outputs beyond ``input_dim``) or ``"zero"``.
         amortize: What linear heads on the context move: ``"none"`` (the default without a
             context), ``"targets"`` (the default with one), or ``"all"``, which is targets,
             sources and kernel parameters. The location and the scale of :math:`z` and the reverse
@@ -83,6 +87,8 @@ class VGP(GuideFamily):
     References:
         Tran, Ranganath and Blei, 2016, *The Variational Gaussian Process*, arXiv:1511.06499,
         sec. 2.2 (the process), sec. 3.1 (the reverse model), sec. 3.2 (inference networks).
+        Salimbeni and Deisenroth, 2017, *Doubly Stochastic Variational Inference for Deep Gaussian
+        Processes*, arXiv:1705.08933 (the mean function).
 
     Example:
         >>> import torch
@@ -107,6 +113,7 @@ class VGP(GuideFamily):
         targets: Any = None,
         kernel: Kernel | None = None,
         jitter: float = 1e-4,
+        mean: str = "identity",
         amortize: str | None = None,
         reverse_family: Callable[..., Any] | None = None,
         hidden_dims: Sequence[int] = (64, 64),
@@ -124,6 +131,7 @@ class VGP(GuideFamily):
         if not jitter > 0.0:
             raise ValueError(f"Expected jitter > 0; got {jitter}.")
         self.jitter = jitter
+        self.mean = one_of("mean", mean, ("identity", "zero"))
         self.kernel = squared_exponential if kernel is None else kernel
         if sources is None:
             shape = (positive_int("num_inducing", num_inducing), self.input_dim)
@@ -185,10 +193,10 @@ class VGP(GuideFamily):
             )
         process, targets = self._process(context)
         weights, covariance = process.covariance(inputs)
-        return weights.mT @ targets, covariance
+        return self._before(inputs) + weights.mT @ targets, covariance
 
     def _process(self, context: Tensor | None) -> tuple[Process, Tensor]:
-        """The process, and its targets."""
+        """The process, and how far its targets are from its mean function."""
         sources: Tensor = self.sources
         targets: Tensor = self.targets
         log_lengthscale: Tensor = self.log_lengthscale
@@ -201,7 +209,12 @@ class VGP(GuideFamily):
             log_lengthscale = log_lengthscale + shape[..., :-1]
             log_amplitude = log_amplitude + shape[..., -1]
         process = Process(self.kernel, sources, log_lengthscale, log_amplitude, self.jitter)
-        return process, targets
+        return process, targets - self._before(sources)
+
+    def _before(self, inputs: Tensor) -> Tensor:
+        """The mean function, ``(*batch, latent_dim)`` of inputs ``(*batch, input_dim)``."""
+        shared = min(self.latent_dim, self.input_dim) if self.mean == "identity" else 0
+        return nn.functional.pad(inputs[..., :shared], (0, self.latent_dim - shared))
 
     def _law(self, context: Tensor | None) -> _Law:
         return _Law(self, context, *self._process(context), *self.base.loc_and_log_scale(context))
@@ -255,6 +268,7 @@ class _Law(NamedTuple):
         variance = variance.movedim(-1, 0).reshape(*batch, 1)
         mean = torch.einsum("...m,...md->...d", weights, self.targets)
         total = variance + (2.0 * self.log_scale).exp()
+        mean = mean + self.family._before(xi)
         return CarryingNormal(self.loc + mean, 0.5 * total.log())
 
 

@@ -348,9 +348,14 @@ def test_the_process_is_the_conditional_of_the_joint_normal():
         joint[i, j] = np.exp(log_amplitude) ** 2 * (np.exp(-square / 2) + jitter * (i == j))
     precision = np.linalg.inv(joint)
     covariance = np.linalg.inv(precision[6:, 6:])
-    found = vgp.conditional(x, sources, targets, log_lengthscale, log_amplitude, jitter)
+    given = sources, targets, log_lengthscale, log_amplitude, jitter
+    found = vgp.conditional(x, *given, "zero")
     np.testing.assert_allclose(found[0], -covariance @ precision[6:, :6] @ targets, atol=1e-10)
     np.testing.assert_allclose(found[1], covariance, atol=1e-10)
+    # With a mean function the same holds of what is left over it.
+    left = targets - np.pad(sources, ((0, 0), (0, 1)))
+    with_mean = vgp.conditional(x, *given)[0] - np.pad(x, ((0, 0), (0, 1)))
+    np.testing.assert_allclose(with_mean, -covariance @ precision[6:, :6] @ left, atol=1e-10)
 
 
 class Midpoints:

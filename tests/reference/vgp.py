@@ -10,7 +10,7 @@ with a Cholesky factor.
 References:
     Tran, Ranganath and Blei (2016), The Variational Gaussian Process, arXiv 1511.06499,
     sec. 2.2 and 3.1-3.2. Rasmussen and Williams (2006), Gaussian Processes for Machine Learning,
-    eq. 2.23-2.24 (the conditional process) and 4.9 with a length scale per input.
+    eq. 2.24 and 2.38 (the conditional process) and 4.9 with a length scale per input.
 """
 
 import numpy as np
@@ -25,15 +25,26 @@ def kernel(x, y, log_lengthscale, log_amplitude):
     return np.exp(2.0 * log_amplitude - 0.5 * np.sum(difference**2, axis=-1))
 
 
-def conditional(x, sources, targets, log_lengthscale, log_amplitude, jitter):
-    """Mean `(n, d)` and covariance `(n, n)` of the process at inputs `(n, c)` (eq. 2.23-2.24)."""
+def before(x, width, mean):
+    """The mean function at inputs `(n, c)`: their own coordinates, or 0, `(n, width)`."""
+    result = np.zeros((len(x), width), x.dtype)
+    if mean == "identity":
+        shared = min(width, x.shape[1])
+        result[:, :shared] = x[:, :shared]
+    return result
+
+
+def conditional(x, sources, targets, log_lengthscale, log_amplitude, jitter, mean="identity"):
+    """Mean `(n, d)` and covariance `(n, n)` of the process at inputs `(n, c)` (eq. 2.24 and 2.38)."""
     shape = log_lengthscale, log_amplitude
     noise = jitter * np.exp(2.0 * log_amplitude)
     matrix = kernel(sources, sources, *shape) + noise * np.eye(len(sources))
     solved = np.linalg.solve(matrix, kernel(sources, x, *shape))
     cross = kernel(x, sources, *shape)
     covariance = kernel(x, x, *shape) + noise * np.eye(len(x)) - cross @ solved
-    return solved.T @ targets, covariance
+    width = targets.shape[1]
+    moved = targets - before(sources, width, mean)
+    return before(x, width, mean) + solved.T @ moved, covariance
 
 
 def data(weights, context, amortize):
@@ -50,7 +61,7 @@ def data(weights, context, amortize):
     return sources, targets, log_lengthscale, log_amplitude
 
 
-def process(xi, weights, context=None, *, amortize=None, jitter=1e-4, **_):
+def process(xi, weights, context=None, *, amortize=None, jitter=1e-4, mean="identity", **_):
     """Mean and log standard deviation of `f(xi)`, a draw a row: `(*batch, d)`, `(*batch, 1)`."""
     amortize = amortize or ("none" if context is None else "targets")
     batch = xi.shape[:-1]
@@ -59,11 +70,12 @@ def process(xi, weights, context=None, *, amortize=None, jitter=1e-4, **_):
     means, log_scales = {}, {}
     for index in np.ndindex(batch):
         row = None if context is None else context[index]
-        mean, covariance = conditional(xi[index][None], *data(weights, row, amortize), jitter)
-        means[index], log_scales[index] = mean[0], 0.5 * np.log(covariance[0, 0])
+        given = data(weights, row, amortize)
+        loc, covariance = conditional(xi[index][None], *given, jitter, mean)
+        means[index], log_scales[index] = loc[0], 0.5 * np.log(covariance[0, 0])
     indices = list(np.ndindex(batch))
-    mean = np.stack([means[i] for i in indices]).reshape(*batch, -1)
-    return mean, np.stack([log_scales[i] for i in indices]).reshape(*batch, 1)
+    loc = np.stack([means[i] for i in indices]).reshape(*batch, -1)
+    return loc, np.stack([log_scales[i] for i in indices]).reshape(*batch, 1)
 
 
 def log_density(values, weights, context=None, **case):

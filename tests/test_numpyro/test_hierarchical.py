@@ -399,11 +399,12 @@ def test_process_is_the_reference(exact: None, name: str, case: dict) -> None:
     mean, covariance = jax.jit(lambda *args: posterior.conditional(*args))(inputs, context)
     amortize = case.get("amortize", "none" if context is None else "targets")
     assert mean.shape == (ROWS, 4, case["latent_dim"]) and covariance.shape[-2:] == (4, 4)
+    shape = case.get("jitter", 1e-4), case.get("mean", "identity")
     for row in range(ROWS):
         given = vgp.data(
             named(posterior), None if context is None else np.asarray(context[row]), amortize
         )
-        expected = vgp.conditional(np.asarray(inputs[row]), *given, case.get("jitter", 1e-4))
+        expected = vgp.conditional(np.asarray(inputs[row]), *given, *shape)
         np.testing.assert_allclose(mean[row], expected[0], atol=1e-9)
         np.testing.assert_allclose(covariance[row], expected[1], atol=1e-9)
 
@@ -411,7 +412,9 @@ def test_process_is_the_reference(exact: None, name: str, case: dict) -> None:
 def test_process_is_that_of_scikit_learn(exact: None) -> None:
     gaussian_process = pytest.importorskip("sklearn.gaussian_process")
     kernels = gaussian_process.kernels
-    posterior = shaken(VGP(3, input_dim=2, num_inducing=20, jitter=1e-3, rngs=nnx.Rngs(0)), 0.5)
+    posterior = shaken(
+        VGP(3, input_dim=2, num_inducing=20, jitter=1e-3, mean="zero", rngs=nnx.Rngs(0)), 0.5
+    )
     amplitude = float(jnp.exp(2.0 * posterior.log_amplitude[...]))
     kernel = kernels.ConstantKernel(amplitude) * kernels.RBF(
         np.exp(posterior.log_lengthscale[...])

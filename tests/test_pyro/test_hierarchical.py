@@ -311,12 +311,13 @@ def test_process_is_the_reference(exact: None, name: str, case: dict) -> None:
     posterior, context = build(name, case)
     inputs = torch.randn(ROWS, 4, case.get("input_dim", case["latent_dim"]))
     mean, covariance = posterior.conditional(inputs, context)
+    shape = case.get("jitter", 1e-4), case.get("mean", "identity")
     for row in range(ROWS):
         amortize = case.get("amortize", "none" if context is None else "targets")
         given = vgp.data(
             arrays(posterior), None if context is None else array(context[row]), amortize
         )
-        expected = vgp.conditional(array(inputs[row]), *given, case.get("jitter", 1e-4))
+        expected = vgp.conditional(array(inputs[row]), *given, *shape)
         np.testing.assert_allclose(array(mean[row]), expected[0], atol=1e-9)
         shared = covariance if covariance.dim() == 2 else covariance[row]
         np.testing.assert_allclose(array(shared), expected[1], atol=1e-9)
@@ -325,7 +326,7 @@ def test_process_is_the_reference(exact: None, name: str, case: dict) -> None:
 def test_process_is_that_of_scikit_learn(exact: None) -> None:
     gaussian_process = pytest.importorskip("sklearn.gaussian_process")
     kernels = gaussian_process.kernels
-    posterior = shaken(VGP(3, input_dim=2, num_inducing=20, jitter=1e-3), 0.5)
+    posterior = shaken(VGP(3, input_dim=2, num_inducing=20, jitter=1e-3, mean="zero"), 0.5)
     amplitude = posterior.log_amplitude.mul(2).exp().item()
     kernel = kernels.ConstantKernel(amplitude) * kernels.RBF(
         array(posterior.log_lengthscale.exp())
