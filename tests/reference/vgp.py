@@ -35,7 +35,7 @@ def before(x, width, mean):
 
 
 def conditional(x, sources, targets, log_lengthscale, log_amplitude, jitter, mean="identity"):
-    """Mean `(n, d)` and covariance `(n, n)` of the process at inputs `(n, c)` (eq. 2.24 and 2.38)."""
+    """Mean `(n, d)` and covariance `(n, n)` of the process at `(n, c)` (eq. 2.24, 2.38)."""
     shape = log_lengthscale, log_amplitude
     noise = jitter * np.exp(2.0 * log_amplitude)
     matrix = kernel(sources, sources, *shape) + noise * np.eye(len(sources))
