@@ -25,8 +25,9 @@ from reference import conjugate as oracle
 from test_numpyro import models
 from test_numpyro.models import Params, family, module_params, named, normal, shaken, z_score
 
+from numpyro_vae_ext import guides
 from numpyro_vae_ext.elbos import ImportanceWeightedELBO
-from numpyro_vae_ext.guides import VGP
+from numpyro_vae_ext.guides import VGP, AutoPosterior
 
 CASE = {
     f"{name}-{i}": (name, case)
@@ -646,3 +647,23 @@ def test_a_kernel_that_is_not_positive_definite() -> None:
         return [sum(map(log_prob, sites.values())), estimate]
 
     assert jnp.isnan(jnp.stack(run(posterior))).all()
+
+
+@pytest.mark.parametrize("name", HIERARCHICAL)
+def test_data_far_from_the_start(name: str) -> None:
+    """Two parameters, data near 2500: no step sends a scale, and with it the loss, to infinity."""
+    jax.config.update("jax_enable_x64", False)  # infinity is near; the fixture sets it back
+    x = 2500.0 + 50.0 * normal(30, seed=2)
+
+    def model() -> None:
+        loc = numpyro.sample("loc", dist.Normal(0.0, 500.0))
+        scale = numpyro.sample("scale", dist.HalfNormal(500.0))
+        with numpyro.plate("data", 30):
+            numpyro.sample("x", dist.Normal(loc, scale), obs=x)
+
+    guide = AutoPosterior(model, getattr(guides, name))
+    elbo = ImportanceWeightedELBO(16, gradient="stl")
+    svi = SVI(model, guide, optax.adam(1e-2), elbo)
+    losses = svi.run(jax.random.key(0), 60, progress_bar=False).losses
+    assert jnp.isfinite(losses).all()
+    assert losses[-10:].mean() < losses[0]

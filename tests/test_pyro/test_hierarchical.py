@@ -16,8 +16,9 @@ from reference import auxiliary, complex_step, vgp
 from reference import conjugate as oracle
 from test_pyro.models import family, shaken, standard_errors
 
+from pyro_vae_ext import guides
 from pyro_vae_ext.elbos import ImportanceWeightedELBO
-from pyro_vae_ext.guides import VGP
+from pyro_vae_ext.guides import VGP, AutoPosterior
 
 MEMBERS = [
     pytest.param(name, case, id=f"{name}-{i}")
@@ -450,3 +451,29 @@ def test_a_kernel_that_is_not_positive_definite() -> None:
     text = "Expected a positive definite kernel; got distance, .* 50 sources with jitter=0.0001"
     with pytest.raises(ValueError, match=text):
         VGP(2, kernel=distance)("z")
+
+
+@pytest.mark.parametrize("name", HIERARCHICAL)
+def test_data_far_from_the_start(name: str) -> None:
+    """Two parameters, data near 2500: no step sends a scale, and with it the loss, to infinity."""
+    torch.set_default_dtype(torch.float32)  # where infinity is near; the fixture sets it back
+    x = 2500.0 + 50.0 * torch.randn(30)
+
+    def model() -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 500.0))
+        scale = pyro.sample("scale", dist.HalfNormal(500.0))
+        with pyro.plate("data", 30):
+            pyro.sample("x", dist.Normal(loc, scale), obs=x)
+
+    guide = AutoPosterior(model, getattr(guides, name))
+    elbo = ImportanceWeightedELBO(16, gradient="stl")(model, guide)
+    losses = [elbo()]
+    adam = torch.optim.Adam(guide.parameters(), lr=1e-2)
+    for _ in range(60):
+        losses[-1].backward()
+        adam.step()
+        adam.zero_grad()
+        losses.append(elbo())
+    found = torch.stack(losses).detach()
+    assert found.isfinite().all()
+    assert found[-10:].mean() < found[0]
