@@ -38,6 +38,10 @@ class TransportGuide(QueriedGuide, AutoContinuous):
         A scale is a vector or a lower triangular matrix.
         """
 
+    @abstractmethod
+    def _param_names(self) -> list[str]:
+        """The names of the parameters that :meth:`_posterior` reads."""
+
     @property
     def latent_dim(self) -> int:
         """Number of unconstrained numbers, once the guide has been called."""
@@ -110,8 +114,7 @@ class TransportGuide(QueriedGuide, AutoContinuous):
 
     def _get_posterior(self) -> dist.Distribution:
         # The host's own name for it, under a handler that knows the parameters.
-        names = (f"{self.prefix}_loc", f"{self.prefix}_family$params")
-        return self.get_posterior({name: numpyro.param(name) for name in names})
+        return self.get_posterior({name: numpyro.param(name) for name in self._param_names()})
 
     def _located(self, params: dict[str, Any]) -> tuple[dist.Distribution, Any, Any]:
         family, loc, scale = self._posterior(params)

@@ -16,6 +16,7 @@ from numpyro.infer.initialization import init_to_median
 
 from numpyro_vae_ext.guides._auto import AUXILIARY, Latents, Site, Values
 from numpyro_vae_ext.guides._base import GuideFamily
+from numpyro_vae_ext.guides._located import check_attributes, marginal
 from numpyro_vae_ext.guides._queries import QueriedGuide
 from numpyro_vae_ext.guides.auto_posterior import AutoPosterior
 from numpyro_vae_ext.guides.iaf import IAF
@@ -53,7 +54,10 @@ class AutoAmortized(QueriedGuide):
         global_family: The same for the global latents, called with ``context_dim=None``;
             ``family`` by default.
         init_loc_fn: The host's strategy for the start of each global site.
-        init_scale: Positive number, or an array over the global latents.
+        init_scale: That of :class:`AutoPosterior` for the global latents.
+        start: A Normal for the global latents to start from, as in :class:`AutoPosterior`: what
+            ``training.pathfinder`` returns for the model, of which the marginal of the global
+            sites is taken, or for the global sites alone.
         create_plates: Function of the model's arguments that returns plates of the model to be
             made in the guide instead of copies of the model's.
         prefix: Start of the names of the guide's own sites and parameters.
@@ -62,8 +66,8 @@ class AutoAmortized(QueriedGuide):
     Raises:
         ValueError: At a call, if a latent site is discrete or masked, if no latent site is inside
             the plate, if one has another plate outside of it or a subsampled one inside, if a
-            global site is inside a subsampled plate, or if the rows of the context do not match
-            the plate.
+            global site is inside a subsampled plate, if ``start`` is of another model or there is
+            no global site for it, or if the rows of the context do not match the plate.
         TypeError: If ``family`` or ``global_family`` builds no family.
 
     References:
@@ -103,7 +107,8 @@ class AutoAmortized(QueriedGuide):
         plate: str = "data",
         global_family: Callable[..., Any] | None = None,
         init_loc_fn: Callable[..., Any] = init_to_median,
-        init_scale: Any = 0.1,
+        init_scale: Any = None,
+        start: Any = None,
         create_plates: Callable[..., Any] | None = None,
         prefix: str = "auto",
         rngs: nnx.Rngs | None = None,
@@ -123,6 +128,7 @@ class AutoAmortized(QueriedGuide):
             family if global_family is None else global_family,
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
+            start=start,
             prefix=prefix,
             rngs=rngs,
         )
@@ -172,7 +178,23 @@ class AutoAmortized(QueriedGuide):
         self._has_global = len(local) < len(sites)
         hide = partial(_is_among, frozenset(site.name for site in local))
         self.global_guide.model = handlers.block(self.model, hide_fn=hide)
+        self._hand_on_start(frozenset(site.name for site in local))
         return local
+
+    def _hand_on_start(self, local: frozenset[str]) -> None:
+        """The global part's share of a start: the marginal of its sites."""
+        start = self.global_guide._given_start
+        if start is None:
+            return
+        if not self._has_global:
+            raise ValueError(
+                "Expected a latent site outside of the plate for start under AutoAmortized; got "
+                f"sites in plate '{self.plate}' alone. Leave start out: the encoder's rows have "
+                "none."
+            )
+        check_attributes(start)
+        if local & set(start.sites):
+            self.global_guide._given_start = marginal(start, local)
 
     def _context(self, size: int, rows: jax.Array, args: Any, kwargs: Any) -> jax.Array:
         """The encoder's rows that are drawn."""

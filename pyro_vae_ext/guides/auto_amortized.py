@@ -17,6 +17,7 @@ from pyro_vae_ext.guides._auto import (
 )
 from pyro_vae_ext.guides._base import GuideFamily
 from pyro_vae_ext.guides._hierarchy import AUXILIARY, built
+from pyro_vae_ext.guides._located import check_attributes, marginal
 from pyro_vae_ext.guides._queries import QueriedGuide
 from pyro_vae_ext.guides.auto_posterior import AutoPosterior
 from pyro_vae_ext.guides.iaf import IAF
@@ -56,15 +57,18 @@ class AutoAmortized(QueriedGuide):
         global_family: The family of the global latents, called with ``context_dim=None``;
             ``family`` by default.
         init_loc_fn: The host's function of a site that gives the start of the global latents.
-        init_scale: Scale at the start of the unconstrained global latents, a positive number or
-            one for each.
+        init_scale: That of :class:`AutoPosterior` for the global latents.
+        start: A Normal for the global latents to start from, as in :class:`AutoPosterior`: what
+            ``training.pathfinder`` returns for the model, of which the marginal of the global
+            sites is taken, or for the global sites alone.
         create_plates: Function of the model's arguments that returns plates to use instead of
             new ones, as in the host's AutoGuides.
 
     Raises:
         ValueError: At a call, if a latent site is discrete or masked, if no latent site is in
-            ``plate``, if one has another plate outside of it or in it a subsampled one, or if
-            the encoder's rows are not those of the plate.
+            ``plate``, if one has another plate outside of it or in it a subsampled one, if
+            ``start`` is of another model or there is no global site for it, or if the encoder's
+            rows are not those of the plate.
         TypeError: If ``family`` builds no guide family.
 
     References:
@@ -97,7 +101,8 @@ class AutoAmortized(QueriedGuide):
         plate: str = "data",
         global_family: Callable[..., GuideFamily] | None = None,
         init_loc_fn: Callable[..., Any] = init_to_median,
-        init_scale: Any = 0.1,
+        init_scale: Any = None,
+        start: Any = None,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, init_loc_fn, create_plates)
@@ -111,6 +116,7 @@ class AutoAmortized(QueriedGuide):
             family if global_family is None else global_family,
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
+            start=start,
         )
 
     def _check_prototype(self, part_trace: Any) -> None:
@@ -127,8 +133,25 @@ class AutoAmortized(QueriedGuide):
                 f"sites in the plates {names or 'none'}. Name the plate of the local latents, or "
                 "use AutoPosterior."
             )
+        self._hand_on_start(len(sites) > len(self._sites))
         if len(sites) > len(self._sites) and self.global_guide.prototype_trace is None:
             self.global_guide._setup_prototype(*args, **kwargs)
+
+    def _hand_on_start(self, has_global: bool) -> None:
+        """The global part's share of a start: the marginal of its sites."""
+        start = self.global_guide._given_start
+        if start is None:
+            return
+        if not has_global:
+            raise ValueError(
+                "Expected a latent site outside of the plate for start under AutoAmortized; got "
+                f"sites in plate '{self.plate}' alone. Leave start out: the encoder's rows have "
+                "none."
+            )
+        check_attributes(start)
+        local = frozenset(site.name for site in self._sites)
+        if local & set(start.sites):
+            self.global_guide._given_start = marginal(start, local)
 
     def _prepare(self, args: tuple, kwargs: dict) -> None:
         key = _structure((args, kwargs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -254,11 +254,43 @@ def free_entries(name: str, value: jax.Array) -> jax.Array:
     return value.ravel()
 
 
-def test_density_by_hand(exact: None) -> None:
+class Start(NamedTuple):
+    """What a guide reads of a start."""
+
+    loc: Any
+    scale_tril: Any
+    sites: dict[str, tuple[int, ...]]
+
+
+def a_start(**sites: tuple[int, ...]) -> Start:
+    """A dense one, for sites of these shapes."""
+    size = sum(int(np.prod(shape)) for shape in sites.values())
+    rng = np.random.default_rng(3)
+    triangle = np.tril(0.2 * rng.standard_normal((size, size)), -1)
+    return Start(rng.standard_normal(size), triangle + np.diag(rng.uniform(0.3, 2.0, size)), sites)
+
+
+MANY = {
+    "real": (2, 3),
+    "positive": (2,),
+    "unit": (),
+    "simplex": (2, 2),
+    "chol": (3,),
+    "interval": (2,),
+    "ordered": (3,),
+}
+
+
+@pytest.mark.parametrize("start", [None, a_start(**MANY)], ids=["plain", "start"])
+def test_density_by_hand(exact: None, start: Any) -> None:
     """log q is that of the family minus the log-determinants of all that follows."""
-    scales = jnp.linspace(0.1, 1.0, 21)
-    guide = AutoPosterior(many_supports, SmallIAF, init_scale=scales)
+    guide = AutoPosterior(
+        many_supports, SmallIAF, init_scale=jnp.linspace(0.1, 1.0, 21), start=start
+    )
     params = initial(many_supports, guide, shake=0.3)
+    scale_tril = jnp.eye(21) if start is None else jnp.asarray(start.scale_tril)
+    if start is not None:
+        params["auto_scale_tril"] = scale_tril
     laws: dict[str, Any] = {}
     sites: dict[str, Any] = {}
 
@@ -276,8 +308,10 @@ def test_density_by_hand(exact: None) -> None:
         assert sites[name]["fn"].shape() == site["fn"].shape()
         assert sites[name]["fn"].event_dim == site["fn"].event_dim
 
+    shift, scale = params["auto_step_loc"], jnp.exp(params["auto_step_log_scale"])
+
     def all_entries(z: jax.Array) -> jax.Array:
-        u, parts = params["auto_loc"] + scales * z, []
+        u, parts = params["auto_loc"] + scale_tril @ (shift + scale * z), []
         laws = trace(seed(many_supports, 0)).get_trace()
         for name, site in laws.items():
             transform = biject_to(site["fn"].support)
@@ -294,9 +328,9 @@ def test_density_by_hand(exact: None) -> None:
         return all_entries(z), log_prob - jnp.linalg.slogdet(jax.jacfwd(all_entries)(z))[1]
 
     assert sites["_auto_latent"]["infer"] == {"is_auxiliary": True}
-    entries, expected = by_hand(values["_auto_latent"])
+    entries, expected = by_hand((values["_auto_latent"] - shift) / scale)
     drawn = jnp.concatenate([free_entries(k, values[k]) for k in laws])
-    np.testing.assert_allclose(drawn, entries, rtol=1e-12)
+    np.testing.assert_allclose(drawn, entries, rtol=1e-11)
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
@@ -527,7 +561,7 @@ def test_support_that_depends_on_a_parameter() -> None:
     slope = jax.jit(jax.grad(lambda upper: elbo.loss(KEY, params | {"upper": upper}, model, guide)))
     assert abs(slope(jnp.array(3.0))) < 1e-6  # the evidence is 1 for every value
     sites = recorded(guide, params)
-    u = params["auto_loc"] + 0.1 * sites["_auto_latent"]["value"]
+    u = params["auto_loc"] + sites["_auto_latent"]["value"]
     np.testing.assert_allclose(sites["z"]["value"], 3 * jax.nn.sigmoid(u[0]), rtol=1e-6)
 
 

@@ -921,7 +921,7 @@ def test_rows_of_the_encoder(context: object, got: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "scale", [0.0, -1.0, math.inf, math.nan, "wide", None, [1.0], [1.0, 0.0], [1.0] * 3]
+    "scale", [0.0, -1.0, math.inf, math.nan, "wide", [1.0], [1.0, 0.0], [1.0] * 3]
 )
 def test_init_scale(scale: object) -> None:
     guide = AutoPosterior(global_model, init_scale=scale)
