@@ -88,6 +88,11 @@ class Recorder(NamedTuple):
         """Sites and mutable state of the model at the guide's values."""
         return self._record(self.pair.model, random.split(self.rng_key)[0], params, values)
 
+    def started(self, start: Callable[[Any], Any], params: Params) -> Sites:
+        """The model with its latent sites where a function of their messages puts them."""
+        placed = partial(substitute, substitute_fn=start)
+        return self._record(self.pair.model, self.rng_key, params, None, None, placed)
+
     def predictive(
         self, params: Params, values: Sites, look: Callable[[Any], None] | None = None
     ) -> Sites:

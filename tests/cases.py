@@ -417,6 +417,7 @@ CASES: dict[str, dict[str, list[dict]]] = {
             {"loss": (1.5,), "validation_loss": (float("nan"),), "best_epoch": None},
             {"loss": (), "validation_loss": (), "best_epoch": None},
         ],
+        "PathfinderResult": [{"num_paths": 2}],
         "Skipped": [
             {"epoch": 0, "step": 1, "site": "x", "reason": "data"},
             {"epoch": 1, "step": 3, "site": None, "reason": "loss"},
@@ -430,6 +431,10 @@ CASES: dict[str, dict[str, list[dict]]] = {
             {"num_epochs": 3, "batch_size": 40},
         ],
         "load_checkpoint": [{"optimiser": "Adam"}, {"optimiser": "SGD"}],
+        "pathfinder": [
+            {"num_paths": 1, "hessian": False},
+            {"num_paths": 3, "num_samples": 50, "num_particles": 10, "history_size": 4},
+        ],
         "save_checkpoint": [
             {"metadata": None},
             {"metadata": {"epoch": 3, "names": ["a", "b"], "loss": 0.1, "best": None}},

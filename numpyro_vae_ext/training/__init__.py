@@ -4,14 +4,17 @@ from numpyro_vae_ext.training.checkpoint import load_checkpoint, save_checkpoint
 from numpyro_vae_ext.training.compile import CompiledSVI, compile
 from numpyro_vae_ext.training.fit import FitResult, fit
 from numpyro_vae_ext.training.history import History, Skipped
+from numpyro_vae_ext.training.pathfinder import PathfinderResult, pathfinder
 
 __all__ = [
     "CompiledSVI",
     "FitResult",
     "History",
+    "PathfinderResult",
     "Skipped",
     "compile",
     "fit",
     "load_checkpoint",
+    "pathfinder",
     "save_checkpoint",
 ]
