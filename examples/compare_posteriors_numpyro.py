@@ -44,15 +44,15 @@ def families(covariance):
 
 
 def start(name, kwargs):
-    """Values to start from, and a covariance of the unconstrained vector around them."""
+    """Values to start from, the same unconstrained, and a covariance around them."""
     posterior = posterior_data.POSTERIORS[name]
     values = {site: jnp.asarray(value) for site, value in posterior.start.items()}
-    if posterior.scale is not None:
-        return values, np.diag(posterior.scale**2)
     strategy = init_to_value(values=values)
     key = jax.random.key(0)
     info = initialize_model(key, MODELS[name], init_strategy=strategy, model_kwargs=kwargs)
     parts = {site: info.param_info.z[site] for site in values}
+    if posterior.scale is not None:
+        return values, parts, np.diag(posterior.scale**2)
     ends = np.cumsum([part.size for part in parts.values()])
 
     def named(vector):
@@ -62,21 +62,21 @@ def start(name, kwargs):
     potential = jax.jit(jax.value_and_grad(lambda vector: info.potential_fn(named(vector))))
     first = np.concatenate([np.ravel(part) for part in parts.values()])
     mode, covariance = shared.laplace(lambda x: [np.asarray(out) for out in potential(x)], first)
-    found = info.postprocess_fn(named(jnp.asarray(mode)))
-    return {site: found[site] for site in values}, covariance
+    parts = named(jnp.asarray(mode))
+    found = info.postprocess_fn(parts)
+    return {site: found[site] for site in values}, parts, covariance
 
 
-def make_guide(label, model, values, covariance, seed):
+def make_guide(label, model, values, parts, covariance, seed):
     """The guide, and values of its parameters where they do not start at their defaults."""
     strategy = init_to_value(values=values)
     if label == "full-rank":
         factor = jnp.linalg.cholesky(jnp.asarray(covariance))
         guide = AutoMultivariateNormal(model, init_loc_fn=strategy)
         return guide, {"auto_scale_tril": factor}
-    scale = jnp.sqrt(jnp.diag(covariance))
-    rngs = nnx.Rngs(seed)
+    begin = shared.diagonal_start(parts, covariance)
     family = families(covariance)[label]
-    return AutoPosterior(model, family, init_loc_fn=strategy, init_scale=scale, rngs=rngs), None
+    return AutoPosterior(model, family, start=begin, rngs=nnx.Rngs(seed)), None
 
 
 def train(title, rng_key, model, guide, first, used, kwargs):

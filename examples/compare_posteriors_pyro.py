@@ -41,17 +41,17 @@ def families(covariance):
 
 
 def start(name, kwargs):
-    """Values to start from, and a covariance of the unconstrained vector around them."""
+    """Values to start from, the same unconstrained, and a covariance around them."""
     posterior = posterior_data.POSTERIORS[name]
     values = {site: torch.as_tensor(value) for site, value in posterior.start.items()}
-    if posterior.scale is not None:
-        return values, np.diag(posterior.scale**2)
     strategy = init_to_value(values=values)
     # Without the number of plates the host would draw from the flat priors to find it.
     parts, potential, transforms, _ = initialize_model(
         MODELS[name], model_kwargs=kwargs, init_strategy=strategy, max_plate_nesting=0
     )
     parts = {site: parts[site] for site in values}
+    if posterior.scale is not None:
+        return values, parts, np.diag(posterior.scale**2)
     sizes = [part.numel() for part in parts.values()]
 
     def named(vector):
@@ -66,10 +66,10 @@ def start(name, kwargs):
     first = torch.cat([part.reshape(-1) for part in parts.values()]).detach().numpy()
     mode, covariance = shared.laplace(value_and_gradient, first)
     found = named(torch.from_numpy(mode))
-    return {site: transforms[site].inv(found[site]) for site in values}, covariance
+    return {site: transforms[site].inv(found[site]) for site in values}, found, covariance
 
 
-def make_guide(label, model, values, covariance, kwargs):
+def make_guide(label, model, values, parts, covariance, kwargs):
     """The guide, called once, so that it has its parameters."""
     strategy = init_to_value(values=values)
     if label == "full-rank":
@@ -79,8 +79,8 @@ def make_guide(label, model, values, covariance, kwargs):
         guide.scale = factor.diagonal().clone()
         guide.scale_tril = factor / guide.scale[:, None].detach()
         return guide
-    family, scale = families(covariance)[label], np.sqrt(np.diag(covariance))
-    guide = AutoPosterior(model, family, init_loc_fn=strategy, init_scale=scale)
+    begin = shared.diagonal_start(parts, covariance)
+    guide = AutoPosterior(model, families(covariance)[label], start=begin)
     guide(**kwargs)
     return guide
 

@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -114,6 +115,15 @@ def laplace(value_and_gradient, start):
         scale = np.sqrt(np.diag(covariance))
         mode = mode - covariance @ value_and_gradient(mode)[1]
     return mode, covariance
+
+
+def diagonal_start(parts, covariance):
+    """Where a guide starts: the parts of an unconstrained vector by site, in its scales."""
+    return SimpleNamespace(
+        loc=np.concatenate([np.ravel(part) for part in parts.values()]),
+        scale_tril=np.diag(np.sqrt(np.diag(covariance))),
+        sites={site: tuple(part.shape) for site, part in parts.items()},
+    )
 
 
 def inducing(covariance, number=50):

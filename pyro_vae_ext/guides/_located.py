@@ -9,6 +9,7 @@ the standardised value, and path gradients know the step's parameters.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from pyro.distributions import TorchDistribution, constraints
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.distributions import biject_to
 
 from pyro_vae_ext.guides._base import GuideFamily
 from pyro_vae_ext.guides._hierarchy import AUXILIARY
@@ -220,6 +222,27 @@ def checked_start(
             "Cholesky factor of a covariance."
         )
     return loc.clone(), scale.clone()
+
+
+def init_to_start(start: Any, init_loc_fn: Callable[..., Any], site: Any) -> Any:
+    """The value of a site at a start; the host's function for what the start does not have."""
+    end = 0
+    for name, shape in getattr(start, "sites", {}).items():
+        begin, end = end, end + math.prod(shape)
+        transform = biject_to(site["fn"].support)
+        if name == site["name"] and tuple(transform.inverse_shape(site["fn"].shape())) == shape:
+            part = torch.as_tensor(start.loc).detach()[begin:end]
+            if len(part) == end - begin:
+                return transform(part.to(_like(site["fn"])).reshape(shape))
+    return init_loc_fn(site)
+
+
+def _like(fn: Any) -> Tensor:
+    """A tensor of the type and on the device of a distribution's parameters."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    own = [x for x in vars(fn).values() if isinstance(x, Tensor) and x.is_floating_point()]
+    return own[0] if own else torch.zeros(())
 
 
 def check_attributes(start: Any) -> None:

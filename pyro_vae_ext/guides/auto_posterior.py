@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from pyro_vae_ext.guides._auto import (
 )
 from pyro_vae_ext.guides._base import GuideFamily
 from pyro_vae_ext.guides._hierarchy import built
-from pyro_vae_ext.guides._located import Located, Step, checked_start
+from pyro_vae_ext.guides._located import Located, Step, checked_start, init_to_start
 from pyro_vae_ext.guides._transport import TransportGuide
 from pyro_vae_ext.guides.iaf import IAF
 from pyro_vae_ext.guides.mean_field import MeanField
@@ -103,6 +104,8 @@ class AutoPosterior(TransportGuide):
         start: Any = None,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
+        if start is not None:
+            init_loc_fn = partial(init_to_start, start, init_loc_fn)
         super().__init__(model, init_loc_fn, create_plates)
         self._family = family
         self._init_scale = init_scale

@@ -130,6 +130,21 @@ def test_init_scale_is_no_brake() -> None:
     assert torch.equal(flow.latent.loc.detach(), torch.zeros(2))
 
 
+def test_start_of_an_improper_prior() -> None:
+    """The model is first run where the start is: nothing is drawn from a prior."""
+    seen = []
+
+    def model() -> None:
+        flat = dist.ImproperUniform(dist.constraints.positive, (), (2,))
+        z = pyro.sample("z", flat)
+        seen.append(z.detach())
+        pyro.sample("x", dist.LogNormal(z.log(), 1.0).to_event(1), obs=torch.ones(2))
+
+    start = starts.start(np.array([1.0, -2.0]), np.eye(2), {"z": (2,)})
+    AutoPosterior(model, MeanField, start=start)()
+    torch.testing.assert_close(seen[0], given([1.0, -2.0]).exp())
+
+
 class Own(GuideFamily):
     """A family of the user's: a statement, and a density that nothing asks for."""
 
