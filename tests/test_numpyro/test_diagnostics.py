@@ -25,8 +25,8 @@ KEY = jax.random.key(4)
 ROWS = 5
 
 
-def pair(name: str = "IAF"):
-    posterior = shaken(family(name, latent_dim=2, context_dim=2), 0.1)
+def pair(name: str = "IAF", shake: float = 0.1):
+    posterior = shaken(family(name, latent_dim=2, context_dim=2), shake)
     params = module_params(posterior=posterior)
     return models.conjugate, models.amortised(posterior), params, normal(ROWS, 2, seed=5)
 
@@ -67,7 +67,8 @@ def test_log_evidence_is_the_bound_of_its_particles(exact: None, case: dict) -> 
 
 @pytest.mark.parametrize("name", ["MeanField", "IAF"])
 def test_log_evidence_reaches_the_truth(name: str) -> None:
-    model, guide, params, x = pair(name)
+    # Shaken by .1 the flow has weights of k-hat .7 on one row, which no mean gets near to.
+    model, guide, params, x = pair(name, 0.05)
     found = log_evidence(KEY, model, guide, x, params=params, num_samples=20_000, chunk_size=2_000)
     np.testing.assert_allclose(found, oracle.log_evidence(np.asarray(x), 0.0), atol=0.05)
 

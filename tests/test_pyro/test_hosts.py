@@ -91,6 +91,9 @@ def test_families_under_host_objectives(name: str, objective: str, local: bool) 
     before = theirs.mean().item()
     if name in HIERARCHICAL:
         train(model, guide, elbo, 500, 0.02)
+    elif name == "IAF":
+        # A rate of .1, which a Normal takes, leaves a flow half a nat short.
+        train(model, guide, elbo, 300, 0.03)
     else:
         train(model, guide, elbo)
     after = bound(elbo)
