@@ -54,7 +54,8 @@ def fitted(
 @pytest.mark.parametrize("name", ["MeanField", "IAF", "Auxiliary", "VGP"])
 def test_divergence_from_a_curved_density(name: str) -> None:
     """Examples run longer and come closer; the diagonal Normal stays where it is."""
-    elbo, _ = fitted(name, energies.sine, 300 if name == "MeanField" else 1500, 0.0)
+    num_steps = {"MeanField": 300, "VGP": 3000}.get(name, 1500)
+    elbo, _ = fitted(name, energies.sine, num_steps, 0.0)
     divergence = energies.log_normaliser(energies.sine) - elbo
     if name == "MeanField":
         assert 1.6 < divergence < 2.5
@@ -65,7 +66,7 @@ def test_divergence_from_a_curved_density(name: str) -> None:
 @pytest.mark.parametrize("name", ["MeanField", "Auxiliary", "VGP"])
 def test_mass_on_both_modes(name: str) -> None:
     """And a bound above that of the best Normal on one of them, which loses log 2."""
-    elbo, draws = fitted(name, energies.mixture, 3000 if name == "VGP" else 1500, 0.3)
+    elbo, draws = fitted(name, energies.mixture, 5000 if name == "VGP" else 1500, 0.3)
     share = (draws[:, 0] > 0.0).double().mean().item()
     if name == "MeanField":
         assert elbo < -0.65
