@@ -21,8 +21,8 @@ class ImportanceWeightedELBO(LogWeightELBO):
     ``K = 1`` is the evidence lower bound, with the scales and plates as free as in the host's
     ``Trace_ELBO``.
 
-    Four gradient estimators, all unbiased, with :math:`\tilde w_k = w_k / \sum_j w_j`, model
-    parameters :math:`\theta` and guide parameters :math:`\phi`:
+    Four gradient estimators, with :math:`\tilde w_k = w_k / \sum_j w_j`, model parameters
+    :math:`\theta` and guide parameters :math:`\phi`. All are unbiased but ``"stl"`` at ``K > 1``:
 
     - ``"reparam"``: :math:`\sum_k \tilde w_k \nabla \log w_k`, plain differentiation;
     - ``"stl"``: the same without the derivative of :math:`\log q` in its own parameters. At
@@ -37,7 +37,9 @@ class ImportanceWeightedELBO(LogWeightELBO):
 
     Under ``"stl"`` and ``"dreg"`` the guide's gradient is 0 for every sample once the guide is the
     posterior. A parameter that model and guide share gets both parts. Factors and observed sites
-    of the guide count as part of the model.
+    of the guide count as part of the model. Both know the guide's parameters by ``params`` alone:
+    the gradient in a value that the guide closes over, or takes as an argument, is wrong without
+    a word. Make it a ``numpyro.param`` or a part of an ``nnx_module``, or use ``"reparam"``.
 
     Args:
         num_particles: number of particles `K`.

@@ -199,6 +199,7 @@ class FamilyGuide(AutoGuide):
 
 
 def is_static(sites: list[Site]) -> bool:
+    """Whether no support has bounds, so that the transforms are known without the model."""
     return all(site.transform is not None for site in sites)
 
 

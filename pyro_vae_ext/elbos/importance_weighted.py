@@ -19,7 +19,7 @@ class ImportanceWeightedELBO(LogWeightELBO):
     With :math:`\tilde w_k = w_k / \sum_j w_j`, model parameters :math:`\theta` and guide
     parameters :math:`\phi`, the gradient is estimated by
 
-    * ``"reparam"``: the derivative of the sampled bound, through the samples;
+    * ``"reparam"``: the derivative of the sampled bound, through the samples; unbiased;
     * ``"stl"``: the direct derivative of :math:`\log q` in :math:`\phi` left out,
       :math:`\sum_k \tilde w_k\, \partial_z \log w_k\, \partial_\phi z_k`. At ``num_particles=1``
       this is sticking the landing, unbiased; above, it is biased and of low variance;
