@@ -314,15 +314,19 @@ def _spread(bounds: list[float], count: int) -> np.ndarray:
 
 
 def _mean(x: np.ndarray) -> float:
-    """The mean; minus infinity where one of the numbers is none."""
-    mean = x.mean()
+    """The mean; minus infinity where one of the numbers is none, or all are too far below."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = x.mean()
     return float(mean) if mean < np.inf else -np.inf
 
 
 def _cautious(x: np.ndarray) -> float:
     """The mean less its standard error: the best of many noisy means is else the luckiest."""
     mean = _mean(x)
-    return mean - float(x.std()) / math.sqrt(len(x)) if mean > -np.inf else mean
+    if mean == -np.inf:
+        return mean
+    with np.errstate(over="ignore"):
+        return mean - float(x.std()) / math.sqrt(len(x))
 
 
 def _log_mean(x: np.ndarray, axis: int) -> np.ndarray:
