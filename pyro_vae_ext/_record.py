@@ -68,6 +68,7 @@ class Record(Messenger):
         self.path = path
         self.sampler = sampler
         self.sites: Sites = {}
+        self.rows: dict[str, Tensor] = {}
 
     def _process_message(self, msg: Any) -> None:
         if msg["type"] == "inspect" and self.particles is not None:
@@ -94,7 +95,7 @@ class Record(Messenger):
             return
         name = msg["name"]
         if site_is_subsample(msg):
-            msg["value"] = self.subsamples.setdefault(name, msg["value"])
+            self.rows[name] = msg["value"] = self.subsamples.setdefault(name, msg["value"])
             return
         if is_deterministic(msg):
             return
@@ -136,7 +137,8 @@ def run_pair(
             if value.requires_grad and _path.is_scored(guide_sites[name]):
                 event_dim = guide_sites[name]["fn"].event_dim
                 values[name] = _path.weigh(value, path, event_dim)
-    with Record({**subsamples, **values}, particles=particles) as model_record:
+    # A plate of the model alone is shared too, and drawn in every run as one of the guide is.
+    with Record({**guide_record.rows, **values}, subsamples, particles=particles) as model_record:
         model(*args, **kwargs)
     return model_record.sites, guide_sites, values
 

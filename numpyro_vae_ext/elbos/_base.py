@@ -8,6 +8,9 @@ overriding :meth:`LogWeightELBO.bound`.
 A plate that encloses every latent and observed site of model and guide is *common*: there is one
 weight for each of its rows, its subsample is drawn once for all particles, and its scale is put
 back after the particles are combined. ``loss`` is minimised.
+
+With ``num_outer`` groups of particles the loss is the mean of their bounds. Particle ``k`` of group
+``m`` is number ``m * num_particles + k`` of all, which run as those of one group do.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_vae_ext import _record, _trace
-from numpyro_vae_ext._checks import one_of
+from numpyro_vae_ext._checks import one_of, positive_int
 from numpyro_vae_ext._path import with_derivative_of
 from numpyro_vae_ext.elbos._host import HostELBO
 
@@ -32,7 +35,8 @@ class LogWeightELBO(HostELBO, ABC):
     """Base of the objectives that are a function of per-datum log-weights.
 
     Args:
-        num_particles: number of particles `K`.
+        num_particles: number of particles `K` of a group.
+        num_outer: number of groups `M`; the loss is the mean of their bounds.
         gradient: ``"reparam"``, ``"stl"``, ``"dreg"`` or ``"vimco"``.
         vectorize_particles: run the particles side by side, or one at a time.
         chunk_size: run this many particles at a time; memory is that of one chunk, in the
@@ -43,6 +47,7 @@ class LogWeightELBO(HostELBO, ABC):
         self,
         num_particles: int = 1,
         *,
+        num_outer: int = 1,
         gradient: str = "reparam",
         vectorize_particles: bool = True,
         chunk_size: int | None = None,
@@ -50,6 +55,7 @@ class LogWeightELBO(HostELBO, ABC):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         if chunk_size is not None and (not hasattr(chunk_size, "__index__") or chunk_size < 1):
             raise ValueError(f"Expected chunk_size >= 1 or None; got {chunk_size}.")
+        self.num_outer = positive_int("num_outer", num_outer)
         self.gradient = one_of("gradient", gradient, GRADIENTS)
         self.chunk_size = chunk_size
         if gradient == "vimco" and num_particles < 2:
@@ -58,7 +64,7 @@ class LogWeightELBO(HostELBO, ABC):
 
     @abstractmethod
     def bound(self, log_weights: jax.Array) -> jax.Array:
-        """The bound of every datum, from log-weights with the particles in front."""
+        """The bound of every datum, from log-weights with the particles of a group in front."""
 
     def log_weights(
         self,
@@ -80,35 +86,41 @@ class LogWeightELBO(HostELBO, ABC):
             kwargs: Keyword arguments of both.
 
         Returns:
-            Array of shape ``(num_particles, *common_plates)``. Its derivative is the
-            reparameterised one, whatever ``gradient`` is.
+            Array of shape ``(num_particles, *common_plates)``, or ``(num_outer, num_particles,
+            *common_plates)`` if there are several groups. Its derivative is the reparameterised
+            one, whatever ``gradient`` is.
         """
         pair = _trace.Pair(model, guide, args, kwargs)
         plate_key = _trace.shared_key(rng_key)
         keys = self._keys(rng_key)
         # Discrete values are drawn in a way of their own where they have an estimator.
         gradient = "vimco" if self.gradient == "vimco" else None
-        return self._map(
+        found = self._map(
             lambda key: _trace.run(key, plate_key, param_map, pair, gradient=gradient), keys
         ).value
+        if self.num_outer == 1:
+            return found
+        return found.reshape(self.num_outer, self.num_particles, *found.shape[1:])
 
     def _loss_and_state(
         self, rng_key: jax.Array, params: dict[str, Any], pair: _trace.Pair
     ) -> tuple[jax.Array, dict[str, Any]]:
         plate_key = _trace.shared_key(rng_key)
-        path = self.gradient != "reparam"
+        keys = self._keys(rng_key)
         if self.num_particles == 1:
-            # Nothing is averaged: scales and subsampled plates are as free as in the host's ELBO.
-            only = _trace.run(
-                rng_key,
-                plate_key,
-                params,
-                pair,
-                joint=True,
-                gradient=self.gradient,
-                path=path,
-            )
-            return -only.value, only.state
+            # Nothing is averaged inside of a logarithm: scales and subsampled plates are as free
+            # as in the host's ELBO.
+            def draw(key: jax.Array) -> _trace.LogWeights:
+                path = self.gradient != "reparam"
+                return _trace.run(
+                    key, plate_key, params, pair, joint=True, gradient=self.gradient, path=path
+                )
+
+            if self.num_outer == 1:
+                only = draw(rng_key)
+                return -only.value, only.state
+            draws = self._map(draw, keys)
+            return -jnp.mean(draws.value), _record.merged_state(draws.state)
 
         def run(key: jax.Array) -> _trace.LogWeights:
             known = lax.stop_gradient(params) if self.gradient == "dreg" else params
@@ -116,20 +128,26 @@ class LogWeightELBO(HostELBO, ABC):
                 key, plate_key, known, pair, gradient=self.gradient, path=self.gradient == "stl"
             )
 
-        keys = self._keys(rng_key)
         particles = self._map(run, keys)
-        log_weights, scale = particles.value, particles.scale[0]
-        loss = -jnp.sum(scale * self.bound(log_weights))
+        log_weights, scale = self._grouped(particles.value), particles.scale[0]
+
+        def mean(bounds: jax.Array) -> jax.Array:
+            """Summed over the data, and averaged over the groups in front if there are several."""
+            return jnp.sum(scale * bounds) / self.num_outer
+
+        loss = -mean(self.bound(log_weights))
         if self.gradient == "dreg":
             weights = jax.nn.softmax(log_weights, axis=0)
+            if self.num_outer > 1:
+                weights = jnp.swapaxes(weights, 0, 1).reshape(particles.value.shape)
             surrogate = self._doubly_reparameterised(
                 keys, weights, plate_key, params, pair, particles.plates
             )
-            loss = with_derivative_of(loss, -jnp.sum(scale * surrogate))
+            loss = with_derivative_of(loss, -mean(surrogate))
         if particles.score is not None:
             signal = lax.stop_gradient(self.bound(log_weights) - left_out(log_weights))
-            surrogate = jnp.sum(signal * particles.score, axis=0)
-            loss = with_derivative_of(loss, loss - jnp.sum(scale * surrogate))
+            surrogate = jnp.sum(signal * self._grouped(particles.score), axis=0)
+            loss = with_derivative_of(loss, loss - mean(surrogate))
         return loss, _record.merged_state(particles.state)
 
     def _doubly_reparameterised(
@@ -156,11 +174,17 @@ class LogWeightELBO(HostELBO, ABC):
 
         return self._map(run, keys, weights)
 
+    def _grouped(self, particles: jax.Array) -> jax.Array:
+        """``(num_particles, [num_outer], *common_plates)``: groups are like one more plate."""
+        if self.num_outer == 1:
+            return particles
+        shape = (self.num_outer, self.num_particles, *particles.shape[1:])
+        return jnp.swapaxes(particles.reshape(shape), 0, 1)
+
     def _keys(self, rng_key: jax.Array) -> jax.Array:
+        count = self.num_outer * self.num_particles
         # One particle uses the key itself, as the host does.
-        return (
-            rng_key[None] if self.num_particles == 1 else random.split(rng_key, self.num_particles)
-        )
+        return rng_key[None] if count == 1 else random.split(rng_key, count)
 
     def _map(self, fn: Callable[..., Any], *xs: jax.Array) -> Any:
         """``fn`` over the particles in front of ``xs``, side by side, in a loop or in chunks."""
@@ -168,17 +192,18 @@ class LogWeightELBO(HostELBO, ABC):
         def run(*xs: jax.Array) -> Any:
             return jax.vmap(fn)(*xs) if self.vectorize_particles else lax.map(lambda x: fn(*x), xs)
 
-        size = self.num_particles if self.chunk_size is None else self.chunk_size
-        if size >= self.num_particles:
+        count = xs[0].shape[0]
+        size = count if self.chunk_size is None else self.chunk_size
+        if size >= count:
             return run(*xs)
-        chunks = self.num_particles // size
+        chunks = count // size
         whole = chunks * size
         looped = jax.checkpoint(run, prevent_cse=False)
         out = lax.map(
             lambda x: looped(*x), tuple(x[:whole].reshape(chunks, size, *x.shape[1:]) for x in xs)
         )
         out = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), out)
-        if whole == self.num_particles:
+        if whole == count:
             return out
         rest = jax.checkpoint(run)(*(x[whole:] for x in xs))
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, rest)

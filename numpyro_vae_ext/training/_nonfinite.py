@@ -52,7 +52,8 @@ class Culprit:
 
     def _keys(self, state: SVIState) -> jax.Array:
         key = random.split(state.rng_key)[1]
-        count = getattr(self.svi.loss, "num_particles", 1)
+        loss = self.svi.loss
+        count = getattr(loss, "num_particles", 1) * getattr(loss, "num_outer", 1)
         return key[None] if count == 1 else random.split(key, count)
 
     def _params(self, unconstrained: Any, state: SVIState) -> dict[str, Any]:

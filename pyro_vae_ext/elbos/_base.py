@@ -11,6 +11,9 @@ subsample is drawn once for all particles, its scale is taken out before particl
 put back after it. Without a common plate there is one joint weight, whose bound is valid as well.
 What would make the number no bound raises. With one particle nothing is averaged, and scales and
 plates are as free as in Pyro's own ``Trace_ELBO``.
+
+With ``num_outer`` groups of particles the loss is the mean of their bounds. Particle ``k`` of group
+``m`` is number ``m * num_particles + k`` of all, which run as those of one group do.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyro_vae_ext import _trace
-from pyro_vae_ext._checks import one_of
+from pyro_vae_ext._checks import one_of, positive_int
 from pyro_vae_ext._path import Path
 from pyro_vae_ext._record import PlateCollision
 from pyro_vae_ext.elbos._host import HostELBO
@@ -41,6 +44,7 @@ class LogWeightELBO(HostELBO, ABC):
         self,
         num_particles: int = 1,
         *,
+        num_outer: int = 1,
         gradient: str = "reparam",
         vectorize_particles: bool = True,
         chunk_size: int | None = None,
@@ -54,6 +58,7 @@ class LogWeightELBO(HostELBO, ABC):
         if chunk_size is not None:
             if not isinstance(chunk_size, int) or chunk_size < 1:
                 raise ValueError(f"Expected chunk_size >= 1 or None; got {chunk_size}.")
+        self.num_outer = positive_int("num_outer", num_outer)
         self.gradient = one_of("gradient", gradient, GRADIENTS)
         if gradient == "vimco" and num_particles < 2:
             raise ValueError(
@@ -64,7 +69,10 @@ class LogWeightELBO(HostELBO, ABC):
 
     @abstractmethod
     def bound(self, log_weights: Tensor) -> Tensor:
-        """Bound per datum, ``(*common_plates)``, from ``(num_particles, *common_plates)``."""
+        """Bound per datum, ``(*common_plates)``, from ``(num_particles, *common_plates)``.
+
+        Several groups are like one more plate, ``(num_particles, num_outer, *common_plates)``.
+        """
 
     @abstractmethod
     def _others(self, log_weights: Tensor) -> Tensor:
@@ -82,40 +90,46 @@ class LogWeightELBO(HostELBO, ABC):
             kwargs: Keyword arguments of both.
 
         Returns:
-            ``(num_particles, *common_plates)``.
+            ``(num_particles, *common_plates)``, or ``(num_outer, num_particles, *common_plates)``
+            if there are several groups.
 
         Raises:
             ValueError: If the weights would not be those of a bound; the message names the site.
         """
         weights, _, _ = self._weights(model, guide, args, kwargs, path=None)
-        return weights
+        if self.num_outer == 1:
+            return weights
+        return weights.reshape(self.num_outer, self.num_particles, *weights.shape[1:])
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """The negative bound as a scalar tensor whose gradient is the chosen estimator."""
+        joint = self.num_particles == 1  # Nothing is averaged inside of a logarithm.
         path = None
         if self.gradient in ("stl", "dreg") and torch.is_grad_enabled():
-            path = partial(Path, weigh=self.gradient == "dreg")
-        if self.num_particles == 1:
-            run = _trace.run(
-                model,
-                guide,
-                args,
-                kwargs,
-                path=None if path is None else Path(),
-                gradient=self.gradient,
-                joint=True,
-            )
-            return -run.layout
-        weights, scale, score = self._weights(model, guide, args, kwargs, path=path)
+            path = partial(Path, weigh=self.gradient == "dreg" and not joint)
+        weights, scale, score = self._weights(model, guide, args, kwargs, path=path, joint=joint)
+        if joint:
+            return -weights.mean()
+        weights = self._grouped(weights)
         bound = self.bound(weights)
         if score is not None:
             with torch.no_grad():
                 signal = bound - self._others(weights)
+            score = self._grouped(score)
             # Zero, with the gradient of the scores.
             bound = bound + (signal * (score - score.detach())).sum(0)
+        if self.num_outer > 1:
+            bound = bound.mean(0)
         return -(bound if isinstance(scale, float) and scale == 1.0 else scale * bound).sum()
+
+    def _grouped(self, particles: Tensor) -> Tensor:
+        """``(num_particles, [num_outer], *common_plates)``: groups are like one more plate."""
+        if self.num_outer == 1:
+            return particles
+        groups = particles.reshape(self.num_outer, self.num_particles, *particles.shape[1:])
+        return groups.transpose(0, 1)
 
     def _weights(
         self,
@@ -125,16 +139,17 @@ class LogWeightELBO(HostELBO, ABC):
         kwargs: dict,
         *,
         path: Callable[[], Path] | None,
+        joint: bool = False,
     ) -> tuple[Tensor, float | Tensor, Tensor | None]:
-        """Log-weights of all particles, their scale, and the scores of VIMCO."""
-        if self.vectorize_particles and self.num_particles > 1:
+        """Log-weights of the particles of all groups, their scale, and the scores of VIMCO."""
+        if self.vectorize_particles and self.num_outer * self.num_particles > 1:
             if self.max_plate_nesting < float("inf"):
                 try:
-                    return self._run_all(model, guide, args, kwargs, path)
+                    return self._run_all(model, guide, args, kwargs, path, joint)
                 except PlateCollision:
                     pass  # Another pair than the last one, with more plates.
             self.max_plate_nesting = 1 + _trace.plate_nesting(model, guide, args, kwargs)
-        return self._run_all(model, guide, args, kwargs, path)
+        return self._run_all(model, guide, args, kwargs, path, joint)
 
     def _run_all(
         self,
@@ -143,16 +158,18 @@ class LogWeightELBO(HostELBO, ABC):
         args: tuple,
         kwargs: dict,
         path: Callable[[], Path] | None,
+        joint: bool,
     ) -> tuple[Tensor, float | Tensor, Tensor | None]:
         """Run all particles, vectorised, looped or chunked."""
-        stack = self.vectorize_particles and self.num_particles > 1
-        size = self.num_particles if self.chunk_size is None else self.chunk_size
-        size = min(size, self.num_particles) if stack else 1
-        recompute = self.chunk_size is not None and torch.is_grad_enabled()
+        count = self.num_outer * self.num_particles
+        stack = self.vectorize_particles and count > 1
+        size = count if self.chunk_size is None else self.chunk_size
+        size = min(size, count) if stack else 1
+        recompute = self.chunk_size is not None and count > 1 and torch.is_grad_enabled()
 
         subsamples: dict[str, Tensor] = {}
         runs: dict[int, _trace.LogWeights] = {}
-        paths = {start: path() for start in range(0, self.num_particles, size) if path is not None}
+        paths = {start: path() for start in range(0, count, size) if path is not None}
 
         def run(start: int) -> tuple[Tensor, Tensor | None]:
             result = _trace.run(
@@ -160,11 +177,12 @@ class LogWeightELBO(HostELBO, ABC):
                 guide,
                 args,
                 kwargs,
-                num_particles=min(size, self.num_particles - start),
+                num_particles=min(size, count - start),
                 particle_dim=-int(self.max_plate_nesting) if stack else None,
                 subsamples=subsamples,
                 path=paths.get(start),
-                gradient=self.gradient if torch.is_grad_enabled() else None,
+                gradient=self.gradient if joint or torch.is_grad_enabled() else None,
+                joint=joint,
             )
             # A second run of a chunk, in the backward pass, changes nothing here.
             runs.setdefault(start, result)
@@ -174,7 +192,7 @@ class LogWeightELBO(HostELBO, ABC):
         chunks = [
             # A chunk's activations are recomputed in the backward pass, one chunk at a time.
             checkpoint(run, start, use_reentrant=False) if recompute else run(start)
-            for start in range(0, self.num_particles, size)
+            for start in range(0, count, size)
         ]
         weights, score = chunks[0]
         if len(chunks) > 1:
@@ -188,8 +206,11 @@ class LogWeightELBO(HostELBO, ABC):
                 UserWarning,
                 stacklevel=2,
             )
-        if self.gradient == "dreg" and paths:
-            shares = torch.softmax(weights.detach(), 0).split(size)
+        if self.gradient == "dreg" and paths and not joint:
+            every = torch.softmax(self._grouped(weights.detach()), 0)
+            if self.num_outer > 1:
+                every = every.transpose(0, 1).reshape(weights.shape)
+            shares = every.split(size)
             for (start, state), share in zip(paths.items(), shares, strict=True):
                 state.weights = runs[start].in_layout(share)
         return weights, runs[0].scale, score
