@@ -122,6 +122,11 @@ CASES: dict[str, dict[str, list[dict]]] = {
                 (6, {"vectorize_particles": False}),
                 (6, {"chunk_size": 4}),
             )
+        ]
+        + [
+            {"num_outer": 4, "gradient": "stl"},
+            {"num_outer": 3, "vectorize_particles": False},
+            {"num_particles": 3, "num_outer": 2, "gradient": "dreg", "chunk_size": 4},
         ],
         "TraceDisARM_ELBO": [
             {},

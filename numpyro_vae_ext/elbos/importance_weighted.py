@@ -21,6 +21,11 @@ class ImportanceWeightedELBO(LogWeightELBO):
     ``K = 1`` is the evidence lower bound, with the scales and plates as free as in the host's
     ``Trace_ELBO``.
 
+    With ``num_outer`` groups of ``K`` particles the loss is the mean of :math:`M` such bounds, and
+    so are its gradients: :math:`\tilde w_k` and what follows are those of a group. The bound is
+    that of ``K``, with less noise. ``num_particles=1, num_outer=16, gradient="stl"`` is the plain
+    bound over 16 draws under path gradients.
+
     Four gradient estimators, with :math:`\tilde w_k = w_k / \sum_j w_j`, model parameters
     :math:`\theta` and guide parameters :math:`\phi`. All are unbiased but ``"stl"`` at ``K > 1``:
 
@@ -42,10 +47,11 @@ class ImportanceWeightedELBO(LogWeightELBO):
     a word. Make it a ``numpyro.param`` or a part of an ``nnx_module``, or use ``"reparam"``.
 
     Args:
-        num_particles: number of particles `K`.
+        num_particles: number of particles `K` of a group.
+        num_outer: number of groups `M`; the loss is the mean of their bounds.
         gradient: ``"reparam"``, ``"stl"``, ``"dreg"`` or ``"vimco"``.
         vectorize_particles: run the particles side by side, or one at a time.
-        chunk_size: run this many particles at a time; memory is that of one chunk, in the
+        chunk_size: run this many particles of all ``K * M`` at a time; memory is that of one chunk, in the
             backward pass too, where each chunk is computed again.
 
     Raises:
@@ -60,7 +66,8 @@ class ImportanceWeightedELBO(LogWeightELBO):
         Burda, Grosse and Salakhutdinov (2016), arXiv 1509.00519, eq. 8 and 13 (the bound);
         Roeder, Wu and Duvenaud (2017), arXiv 1703.09194, eq. 8 (``"stl"``);
         Tucker, Lawson, Gu and Maddison (2019), arXiv 1810.04152, eq. 8 (``"dreg"``);
-        Mnih and Rezende (2016), arXiv 1602.06725 (``"vimco"``).
+        Mnih and Rezende (2016), arXiv 1602.06725 (``"vimco"``);
+        Rainforth et al. (2018), arXiv 1802.04537, eq. 3 (``num_outer``).
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optax
@@ -83,6 +90,9 @@ class ImportanceWeightedELBO(LogWeightELBO):
         >>> result = svi.run(jax.random.key(0), 10, x, progress_bar=False)
         >>> elbo.log_weights(jax.random.key(1), result.params, model, guide, x).shape
         (5, 8)
+        >>> plain = ImportanceWeightedELBO(num_outer=16, gradient="stl")
+        >>> plain.log_weights(jax.random.key(1), result.params, model, guide, x).shape
+        (16, 1, 8)
     """
 
     def bound(self, log_weights: jax.Array) -> jax.Array:
