@@ -126,16 +126,11 @@ class AutoPosterior(TransportGuide):
         self._family: GuideFamily | None = None
 
     def _latents(self, args: Any, kwargs: Any) -> Latents:
-        if self._family is None:
-            self._sites, full_sizes = self._layout(args, kwargs)
-            _check_whole(self._sites, full_sizes)
-            self._set_up()
+        self._prepare(args, kwargs)
         if self.create_plates is not None:
             self._create_plates(*args, **kwargs)
-        family = nnx_module(f"{self.prefix}_family", self._family)
-        place, step = self._placed(args, kwargs)
-        name = f"_{self.prefix}_latent"
-        vector = place.vector(drawn_through(family, name, step, dict(AUXILIARY)))
+        place, value = self._drawn_vector(args, kwargs, dict(AUXILIARY))
+        vector = place.vector(value)
         scales: Values = {}
         if place.scale_tril is not None:
             # By site, its scale given the sites before it.
@@ -143,6 +138,19 @@ class AutoPosterior(TransportGuide):
             scales = dict(_split(self._sites, log_scale))
         # In no plate, as in the host's joint guides: there is one weight for all rows anyway.
         return Latents(self._sites, dict(_split(self._sites, vector)), scales, {}, {})
+
+    def _prepare(self, args: Any, kwargs: Any) -> None:
+        """Find the sites and build the family, at the first call."""
+        if self._family is None:
+            self._sites, full_sizes = self._layout(args, kwargs)
+            _check_whole(self._sites, full_sizes)
+            self._set_up()
+
+    def _drawn_vector(self, args: Any, kwargs: Any, infer: Values) -> tuple[Place, jax.Array]:
+        """Draw :math:`w`; where it is put."""
+        family = nnx_module(f"{self.prefix}_family", self._family)
+        place, step = self._placed(args, kwargs)
+        return place, drawn_through(family, f"_{self.prefix}_latent", step, infer)
 
     def _set_up(self) -> None:
         """Build the family and read the start, once the sites are known."""

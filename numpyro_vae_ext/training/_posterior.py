@@ -1,0 +1,202 @@
+"""One fit of a guide to a posterior, in the coordinates of its start.
+
+The vector of the model is :math:`u = m + A w` with the Normal of the start. The pair that is
+trained has :math:`w` for its only latent: the model is one factor, the guide the family of
+``AutoPosterior``, with the parameters that this has, so that it needs no more than these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+from jax import lax, random
+from numpyro import handlers
+from numpyro.distributions import constraints
+from numpyro.infer import SVI
+from numpyro.infer.util import log_density
+
+from numpyro_vae_ext import _trace
+from numpyro_vae_ext._flat import FlatModel
+from numpyro_vae_ext.elbos import ImportanceWeightedELBO
+from numpyro_vae_ext.guides import AutoPosterior
+from numpyro_vae_ext.training._course import Look
+
+# Draws of a look, and the norm that a gradient is shortened to.
+LOOKED_AT, LONGEST = 1000, 10.0
+
+
+class State(NamedTuple):
+    """What a step changes; parameters are unconstrained."""
+
+    rng_key: jax.Array
+    params: Any
+    optim: Any
+    mean: Any
+
+
+class PosteriorTrainer:
+    """The trainer of a course.
+
+    Args:
+        rng_key: Key of the first parameters and of all draws.
+        flat: The model as a density of one vector.
+        guide: The guide, whose family is trained.
+        num_particles: Draws of a step.
+    """
+
+    def __init__(
+        self,
+        rng_key: jax.Array,
+        flat: FlatModel,
+        guide: AutoPosterior,
+        num_particles: int,
+    ) -> None:
+        init_key, step_key, self._look_key = random.split(rng_key, 3)
+        self._flat = flat
+        args, kwargs = flat.pair.args, flat.pair.kwargs
+        # Sites and family; nothing is computed.
+        jax.eval_shape(lambda: guide._prepare(args, kwargs))
+        pair = _Whitened(
+            guide, *(jnp.asarray(x, flat.dtype) for x in guide._start)
+        )
+        at_a_time = _trace.NUMBERS_AT_A_TIME.get(jax.default_backend(), _trace.MOST_NUMBERS)
+        self._rows = max(1, at_a_time // max(flat.widest, flat.size))
+        elbo = ImportanceWeightedELBO(
+            num_outer=num_particles,
+            gradient="stl",
+            chunk_size=self._rows if self._rows < num_particles else None,
+        )
+        self._svi = SVI(pair.model, pair.guide, optax.scale(1.0), elbo)
+        optim = optax.chain(optax.clip_by_global_norm(LONGEST), optax.scale_by_adam())
+        one = jnp.ones((), flat.dtype)
+        first = flat.compiled(lambda flat, key: self._svi.init(key, flat, one))(init_key)
+        params = self._svi.optim.get_params(first.optim_state)
+        self._state = State(step_key, params, optim.init(params), params)
+        # Types as steps leave them, so that these are compiled once.
+        self._state = jax.tree.map(_strong, self._state)
+        self._steps = flat.compiled(_steps(self._svi, optim))
+        self._draws = flat.compiled(_draws(self._svi, pair, self._rows))
+
+    def advance(self, rate: float, powers: np.ndarray, shares: np.ndarray) -> np.ndarray:
+        """Run a block of steps; return their bounds, NaN where a step was skipped."""
+        numbers = (np.asarray(x, self._flat.dtype) for x in (rate, powers, shares))
+        self._state, bounds = self._steps(self._state, *numbers)
+        return np.asarray(bounds, float)
+
+    def look(self) -> Look:
+        """Draw with the mean parameters; always the same noise."""
+        return self._drawn(self._look_key)
+
+    def draw(self, num_draws: int) -> Look:
+        """Draw anew with the mean parameters."""
+        blocks = -(-num_draws // LOOKED_AT)
+        keys = random.split(random.fold_in(self._look_key, 1), blocks)
+        looks = [self._drawn(key) for key in keys]
+        return Look(*(np.concatenate(parts)[:num_draws] for parts in zip(*looks, strict=True)))
+
+    def _drawn(self, key: jax.Array) -> Look:
+        found = self._draws(self._state.mean, random.split(key, LOOKED_AT))
+        return Look(*(np.asarray(each, float) for each in found))
+
+    def settle(self) -> None:
+        """Put the parameters where their mean is."""
+        self._state = self._state._replace(params=self._state.mean)
+
+    def save(self) -> State:
+        """A copy of everything; arrays are never changed."""
+        return self._state
+
+    def restore(self, saved: State) -> None:
+        """Go back to a copy."""
+        self._state = saved
+
+    def params(self) -> dict[str, Any]:
+        """The mean parameters, as the guide takes them."""
+        return self._svi.constrain_fn(self._state.mean)
+
+
+class _Whitened(NamedTuple):
+    """The pair of ``w``, called with the flat model and its power."""
+
+    owner: AutoPosterior
+    loc: jax.Array
+    scale_tril: jax.Array
+
+    @property
+    def site(self) -> str:
+        return f"_{self.owner.prefix}_latent"
+
+    def model(self, flat: FlatModel, power: jax.Array) -> None:
+        w = numpyro.sample(
+            self.site, dist.ImproperUniform(constraints.real_vector, (), (flat.size,))
+        )
+        numpyro.factor("target", self.log_density(flat, w, power))
+
+    def guide(self, flat: FlatModel, power: jax.Array) -> None:
+        self.owner._drawn_vector(flat.pair.args, flat.pair.kwargs, {})
+
+    def log_density(self, flat: FlatModel, w: jax.Array, power: jax.Array) -> jax.Array:
+        # In full precision also where a device's default is less, as the guide has it.
+        u = self.loc + jnp.matmul(self.scale_tril, w, precision=lax.Precision.HIGHEST)
+        with handlers.block():
+            whole = flat.log_density(u) + jnp.log(jnp.diagonal(self.scale_tril)).sum()
+        start = dist.Normal(jnp.zeros_like(w), 1.0).log_prob(w).sum()
+        return jnp.where(power < 1, power * whole + (1 - power) * start, whole)
+
+
+def _steps(svi: SVI, optim: Any) -> Callable[..., Any]:
+    """A block of steps."""
+
+    def step(flat: FlatModel, rate: jax.Array, state: State, now: Any) -> tuple[State, jax.Array]:
+        power, share = now
+        rng_key, key = random.split(state.rng_key)
+
+        def loss_of(params: Any) -> jax.Array:
+            return svi.loss.loss(key, svi.constrain_fn(params), svi.model, svi.guide, flat, power)
+
+        loss, slope = jax.value_and_grad(loss_of)(state.params)
+        good = jnp.isfinite(loss)
+        for leaf in jax.tree.leaves(slope):
+            good &= jnp.isfinite(leaf).all()
+        updates, moments = optim.update(slope, state.optim, state.params)
+        params = jax.tree.map(lambda p, g: p - rate * g, state.params, updates)
+        params, moments = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (params, moments), (state.params, state.optim)
+        )
+        mean = jax.tree.map(lambda m, p: m + share * (p - m), state.mean, params)
+        return State(rng_key, params, moments, mean), jnp.where(good, -loss, jnp.nan)
+
+    def run(
+        flat: FlatModel, state: State, rate: jax.Array, powers: jax.Array, shares: jax.Array
+    ) -> tuple[State, jax.Array]:
+        return lax.scan(lambda s, now: step(flat, rate, s, now), state, (powers, shares))
+
+    return run
+
+
+def _draws(svi: SVI, pair: _Whitened, rows: int) -> Callable[..., Any]:
+    """Log-weights and points, one for every key."""
+
+    def run(flat: FlatModel, params: Any, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        known, one = svi.constrain_fn(params), jnp.ones((), flat.dtype)
+
+        def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            guide = handlers.seed(pair.guide, key)
+            log_q, trace = log_density(guide, (flat, one), {}, known)
+            w = trace[pair.site]["value"]
+            return pair.log_density(flat, w, one) - log_q, w
+
+        return lax.map(draw, keys, batch_size=min(rows, LOOKED_AT))
+
+    return run
+
+
+def _strong(x: Any) -> Any:
+    return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.asarray(x, x.dtype)
