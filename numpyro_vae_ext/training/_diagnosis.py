@@ -17,6 +17,8 @@ from numpyro_vae_ext import _psis
 BEHIND, APART = 10.0, 3.0
 # Nats between the bounds of restarts that are one.
 SAME_BOUND = 0.1
+# Share of the draws that weights are worth that hardly differ.
+NEARLY_ALL = 0.9
 
 
 class Diagnosis(NamedTuple):
@@ -66,22 +68,58 @@ def diagnose(
     weights = np.exp(smoothed - top)
     share = weights / weights.mean()
     threshold = _psis.threshold(count)
-    is_good = bool(khat < threshold)
     error = math.sqrt(((share - 1) ** 2).sum() / (count * (count - 1.0)))
-    return Diagnosis(
+    found = Diagnosis(
         elbo=float(log_weights.mean()),
         elbo_error=float(log_weights.std(ddof=1) / math.sqrt(count)),
         log_evidence=float(np.log(weights.mean()) + top),
-        log_evidence_error=error if is_good else math.nan,
+        log_evidence_error=error if khat < threshold else math.nan,
         khat=float(khat),
         threshold=float(threshold),
         ess=float(count**2 / (share**2).sum()),
         num_samples=count,
         converged=converged,
         num_modes=num_modes,
-        advice=_advice(
-            float(khat), float(threshold), converged, last_gain, num_modes, tempered, is_flow, restarts
-        ),
+        advice="",
+    )
+    if num_modes > 1 and not tempered:
+        advice = (
+            f"The paths ended at {num_modes} modes, of which the guide may hold one: fit with "
+            "temper=True."
+        )
+    elif not converged and last_gain > SAME_BOUND:
+        advice = (
+            f"The bound still rose by {last_gain:.2g} nats in the last window: raise num_steps; if "
+            "that never ends, look for an improper prior."
+        )
+    else:
+        differ = len(restarts) > 1 and max(restarts) - min(restarts) > SAME_BOUND
+        advice = _by_weights(found, is_flow, differ)
+    return found._replace(advice=advice)
+
+
+def _by_weights(found: Diagnosis, is_flow: bool, differ: bool) -> str:
+    """The advice that follows from the weights."""
+    if found.khat < found.threshold:
+        return (
+            f"K-hat {found.khat:.2f} is below {found.threshold:.2f}: the guide can be relied on; "
+            "sample_posterior with num_importance removes most of the error that is left."
+        )
+    told = f"K-hat {found.khat:.2f} is not below {found.threshold:.2f}"
+    if found.ess > NEARLY_ALL * found.num_samples:
+        return (
+            f"{told}, though the weights are nearly equal (effective size "
+            f"{found.ess / found.num_samples:.1%}): means and standard deviations can be relied "
+            "on, the far tails cannot."
+        )
+    told += ": the guide is too narrow somewhere; "
+    if not is_flow:
+        return told + "fit with family=IAF."
+    if differ:
+        return told + "restarts ended at different bounds: raise num_restarts, or temper=True."
+    return told + (
+        "fit with more flows, functools.partial(IAF, num_flows=8), reparameterise the model, or "
+        "run MCMC through the guide with NeuTraReparam."
     )
 
 
@@ -95,7 +133,9 @@ def count_modes(start: Any) -> int:
     for p in np.argsort(-elbos):
         if not elbos[p] > elbos.max() - BEHIND:
             break
-        if all(_apart(locs[p], locs[q], trils[q]) and _apart(locs[q], locs[p], trils[p]) for q in modes):
+        if all(
+            _apart(locs[p], locs[q], trils[q]) and _apart(locs[q], locs[p], trils[p]) for q in modes
+        ):
             modes.append(int(p))
     return max(1, len(modes))
 
@@ -114,43 +154,7 @@ def pooled(start: Any) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.linalg.cholesky(covariance)
 
 
-def _apart(loc: np.ndarray, other: np.ndarray, scale_tril: np.ndarray) -> bool:
-    away = np.linalg.solve(scale_tril, loc - other)
+def _apart(locs: np.ndarray, trils: np.ndarray, one: int, other: int) -> bool:
+    """Whether one mean is far from another, by the other's standard deviations."""
+    away = np.linalg.solve(trils[other], locs[one] - locs[other])
     return bool(np.sqrt((away**2).mean()) > APART)
-
-
-def _advice(
-    khat: float,
-    threshold: float,
-    converged: bool,
-    last_gain: float,
-    num_modes: int,
-    tempered: bool,
-    is_flow: bool,
-    restarts: list[float],
-) -> str:
-    if num_modes > 1 and not tempered:
-        return (
-            f"The paths ended at {num_modes} modes and the guide may hold one of them: fit with "
-            "temper=True."
-        )
-    if not converged and last_gain > SAME_BOUND:
-        return (
-            f"The bound still rose by {last_gain:.2g} nats in the last window: raise num_steps; if "
-            "it never ends, look for a prior that is improper."
-        )
-    if khat < threshold:
-        how = "can be relied on" if converged else "can be relied on, though the budget was spent"
-        return (
-            f"K-hat {khat:.2f} is below {threshold:.2f}: the guide {how}; sample_posterior with "
-            "num_importance removes most of the error that is left."
-        )
-    told = f"K-hat {khat:.2f} is not below {threshold:.2f}: the guide is too narrow somewhere; "
-    if not is_flow:
-        return told + "fit with family=IAF."
-    if len(restarts) > 1 and max(restarts) - min(restarts) > SAME_BOUND:
-        return told + "restarts ended at different bounds: raise num_restarts, or temper=True."
-    return told + (
-        "fit with more flows, functools.partial(IAF, num_flows=8), reparameterise the model, or "
-        "run MCMC through the guide with NeuTraReparam."
-    )

@@ -48,6 +48,7 @@ class PosteriorTrainer:
         rng_key: Key of the first parameters and of all draws.
         flat: The model as a density of one vector.
         guide: The guide, whose family is trained.
+        start: Normal that the guide starts from.
         num_particles: Draws of a step.
     """
 
@@ -56,15 +57,16 @@ class PosteriorTrainer:
         rng_key: jax.Array,
         flat: FlatModel,
         guide: AutoPosterior,
+        start: Any,
         num_particles: int,
     ) -> None:
         init_key, step_key, self._look_key = random.split(rng_key, 3)
         self._flat = flat
         args, kwargs = flat.pair.args, flat.pair.kwargs
-        # Sites and family; nothing is computed.
+        # Sites, family and a look at the start; nothing is computed.
         jax.eval_shape(lambda: guide._prepare(args, kwargs))
         pair = _Whitened(
-            guide, *(jnp.asarray(x, flat.dtype) for x in guide._start)
+            guide, jnp.asarray(start.loc, flat.dtype), jnp.asarray(start.scale_tril, flat.dtype)
         )
         at_a_time = _trace.NUMBERS_AT_A_TIME.get(jax.default_backend(), _trace.MOST_NUMBERS)
         self._rows = max(1, at_a_time // max(flat.widest, flat.size))
@@ -168,7 +170,9 @@ def _steps(svi: SVI, optim: Any) -> Callable[..., Any]:
         updates, moments = optim.update(slope, state.optim, state.params)
         params = jax.tree.map(lambda p, g: p - rate * g, state.params, updates)
         params, moments = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (params, moments), (state.params, state.optim)
+            lambda new, old: jnp.where(good, new, old),
+            (params, moments),
+            (state.params, state.optim),
         )
         mean = jax.tree.map(lambda m, p: m + share * (p - m), state.mean, params)
         return State(rng_key, params, moments, mean), jnp.where(good, -loss, jnp.nan)

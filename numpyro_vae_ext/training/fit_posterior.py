@@ -72,10 +72,10 @@ def fit_posterior(
        less than 0.02 of the posterior's as well, or when ``num_steps`` are spent.
     4. The mean parameters of the best window are the result. New draws diagnose it.
 
-    With ``temper=True`` the first 30 % of ``num_steps`` go from the start's Normal :math:`\pi_0` to
-    the posterior, along :math:`\pi_0^{1 - \beta} p^\beta` with :math:`\beta` from 0.01 to 1 in equal
-    ratios, and the start is the Normal with mean and covariance of the Normals of all paths: several
-    modes are then found that a start at one of them would miss.
+    With ``temper=True`` the first 30 % of ``num_steps`` go from the start's Normal :math:`\pi_0`
+    to the posterior, along :math:`\pi_0^{1 - \beta} p^\beta` with :math:`\beta` from 0.01 to 1 in
+    equal ratios, and the start is the Normal with the mean and covariance of the Normals of all
+    paths: several modes are then found that a start at one of them would miss.
 
     A step without a finite bound and gradient changes nothing. Parameters of the model, as
     ``numpyro.param`` makes them, stay at their first values: train those with ``SVI``.
@@ -176,10 +176,9 @@ class _Run:
             )
         self._lap("pathfinder")
         self.start = start
-        self.guide = AutoPosterior(
-            pair.model, family, start=_wide(start) if temper else start, rngs=nnx.Rngs(guide_key)
-        )
-        self.trainer = PosteriorTrainer(train_key, flat, self.guide, num_particles)
+        begin = _wide(start) if temper else start
+        self.guide = AutoPosterior(pair.model, family, start=begin, rngs=nnx.Rngs(guide_key))
+        self.trainer = PosteriorTrainer(train_key, flat, self.guide, begin, num_particles)
         self._flat = flat
 
     def train(self, num_steps: int, rates: tuple[float, ...], bar: Any) -> None:
@@ -219,9 +218,7 @@ class _Run:
             restarts=history.restarts,
         )
         self._lap("diagnosis")
-        return PosteriorResult(
-            self.guide, self.trainer.params(), history, diagnosis, self.start
-        )
+        return PosteriorResult(self.guide, self.trainer.params(), history, diagnosis, self.start)
 
     def _lap(self, part: str) -> None:
         now = time.perf_counter()
