@@ -133,9 +133,7 @@ def count_modes(start: Any) -> int:
     for p in np.argsort(-elbos):
         if not elbos[p] > elbos.max() - BEHIND:
             break
-        if all(
-            _apart(locs[p], locs[q], trils[q]) and _apart(locs[q], locs[p], trils[p]) for q in modes
-        ):
+        if all(_apart(locs, trils, p, q) and _apart(locs, trils, q, p) for q in modes):
             modes.append(int(p))
     return max(1, len(modes))
 
