@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +19,15 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
+from torch.func import functional_call
 
 from pyro_vae_ext import _trace
 from pyro_vae_ext._flat import FlatModel
 from pyro_vae_ext.elbos import ImportanceWeightedELBO
 from pyro_vae_ext.guides import AutoPosterior
 from pyro_vae_ext.training._course import Look
-from pyro_vae_ext.training._effects import RandomState
+from pyro_vae_ext.training._effects import Effects, Modules, RandomState, Untraceable
+from pyro_vae_ext.training._graph import Graph, trace
 from pyro_vae_ext.training._state import buffers
 
 # Draws of a look, and the norm that a gradient is shortened to.
@@ -59,59 +62,101 @@ class PosteriorTrainer:
             gradient="stl",
             chunk_size=self._rows if self._rows < num_particles else None,
         )
-        located = guide.latent
-        parts = [located.family] if located.step is None else [located.family, located.step]
-        self._leaves = [p for part in parts for p in part.parameters() if p.requires_grad]
-        self._buffers = buffers({"": located}).values()
-        # The parameters become views of one row: an update is that of one vector.
-        self._numbers = torch.zeros(
-            (4, sum(p.numel() for p in self._leaves)), dtype=flat.dtype, device=flat.device
-        )
-        self._params, self._mean, self._first, self._second = self._numbers
-        with torch.no_grad():
-            self._params.copy_(torch.cat([p.reshape(-1) for p in self._leaves]))
-            self._mean.copy_(self._params)
-        for leaf, view in zip(self._leaves, self._views(), strict=True):
-            leaf.data = view
+        self._buffers = list(buffers({"": guide.latent}).values())
+        # All parameters in one row: an update is that of one vector.
+        self._params = self._pair.row()
+        self._mean = self._params.clone()
+        self._first, self._second = torch.zeros_like(self._mean), torch.zeros_like(self._mean)
         self._count = 0
-        seeds = torch.randint(2**62, (2,), device="cpu").tolist()
+        self._params.requires_grad_()
+        step_seed, self._look_seed = torch.randint(2**62, (2,), device="cpu").tolist()
         with _random(None):
-            torch.manual_seed(seeds[0])
+            torch.manual_seed(step_seed)
             self._random = RandomState.now()
-        self._look_seed = seeds[1]
+            self._graph = self._traced()
 
     def advance(self, rate: float, powers: np.ndarray, shares: np.ndarray) -> np.ndarray:
         """Run a block of steps; return their bounds, NaN where a step was skipped."""
         bounds = []
         with _random(self._random):
-            for power, share in zip(powers.tolist(), shares.tolist(), strict=True):
+            for power, share in zip(self._like(powers), shares.tolist(), strict=True):
                 bounds.append(self._step(rate, power))
-                self._mean.lerp_(self._params, share)
+                self._mean.lerp_(self._params.detach(), share)
             self._random = RandomState.now()
         return np.array(bounds)
 
-    def _step(self, rate: float, power: float) -> float:
-        pair = self._pair
-        with torch.enable_grad():
-            loss = self._elbo.differentiable_loss(pair.model, pair.guide, power)
-            slopes = torch.autograd.grad(loss, self._leaves, allow_unused=True)
-        slope = torch.cat(
-            [
-                torch.zeros_like(p).reshape(-1) if s is None else s.reshape(-1)
-                for p, s in zip(self._leaves, slopes, strict=True)
-            ]
-        )
+    def _step(self, rate: float, power: Tensor) -> float:
+        loss, slope = self._loss_and_slope(power)
         bound, norm = -loss.item(), torch.linalg.vector_norm(slope).item()
         if not (math.isfinite(bound) and math.isfinite(norm)):
             return math.nan
         self._count += 1
-        slope *= min(1.0, LONGEST / norm) if norm else 1.0
+        slope = slope * min(1.0, LONGEST / max(norm, LONGEST))
         one, two = DECAYS
         self._first.lerp_(slope, 1 - one)
         self._second.mul_(two).addcmul_(slope, slope, value=1 - two)
         root = (self._second / (1 - two**self._count)).sqrt_().add_(TINY)
-        self._params.addcdiv_(self._first, root, value=-rate / (1 - one**self._count))
+        with torch.no_grad():
+            self._params.addcdiv_(self._first, root, value=-rate / (1 - one**self._count))
         return bound
+
+    def _loss_and_slope(self, power: Tensor) -> tuple[Tensor, Tensor]:
+        if self._graph is not None:
+            try:
+                loss, _ = self._graph([power])
+                return loss, self._taken()
+            except torch.linalg.LinAlgError:
+                pass  # Of one row alone, which the density finds out.
+        return self._eager(power)
+
+    def _eager(self, power: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            loss = self._loss_and_grads(power)
+        return loss, self._taken()
+
+    def _loss_and_grads(self, power: Tensor) -> Tensor:
+        guide = partial(self._pair.guide, self._params)
+        return self._elbo.loss_and_grads(self._pair.model, guide, power)
+
+    def _taken(self) -> Tensor:
+        """The gradient, which is there no longer."""
+        slope, self._params.grad = self._params.grad, None
+        return torch.zeros_like(self._mean) if slope is None else slope
+
+    def _traced(self) -> Graph | None:
+        """A step as a graph, which spares what Python does; None where it is another step."""
+        (power,) = self._like(np.array([0.5]))
+        before = RandomState.now()
+        self._eager(power)  # What is made at first use is there from here on.
+        before.restore()
+        with Modules() as modules, Effects() as effects:
+            loss, slope = self._eager(power)
+            loss, slope = loss.clone(), slope.clone()
+        drawn = RandomState.now()
+
+        def rewind() -> None:
+            effects.undo()
+            modules.undo()
+            before.restore()
+
+        rewind()
+        try:
+            graph = trace(self._loss_and_grads, (power,), {}, {"": self._params}, effects)
+            before.restore()
+            again, _ = graph([power])
+        except (Untraceable, torch.linalg.LinAlgError):
+            return None
+        finally:
+            same = drawn.same(RandomState.now())
+            other = self._taken()
+            rewind()
+        near = {"rtol": torch.finfo(loss.dtype).eps ** 0.5, "equal_nan": True}
+        near["atol"] = near["rtol"] * max(1.0, float(slope.abs().max()))
+        same = same and torch.allclose(loss, again, **near)
+        return graph if same and torch.allclose(slope, other, **near) else None
+
+    def _like(self, numbers: np.ndarray) -> Tensor:
+        return torch.as_tensor(numbers, dtype=self._mean.dtype, device=self._mean.device)
 
     def look(self) -> Look:
         """Draw with the mean parameters; always the same noise."""
@@ -123,78 +168,98 @@ class PosteriorTrainer:
 
     @torch.no_grad()
     def _drawn(self, seed: int, num_draws: int) -> Look:
-        pair, params = self._pair, self._params.clone()
-        self.settle()
+        pair = self._pair
+        guide = partial(pair.guide, self._mean)
+        (power,) = self._like(np.ones(1))
         looks = []
         with _random(None):
             torch.manual_seed(seed)
-            for start in range(0, num_draws, min(self._rows, LOOKED_AT)):
-                rows = min(self._rows, LOOKED_AT, num_draws - start)
+            size = min(self._rows, LOOKED_AT)
+            for start in range(0, num_draws, size):
+                rows = min(size, num_draws - start)
                 found = _trace.run(
-                    pair.model, pair.guide, (1.0,), {}, num_particles=rows, particle_dim=-1
+                    pair.model, guide, (power,), {}, num_particles=rows, particle_dim=-1
                 )
-                points = found.guide_sites[pair.site]["value"]
-                looks.append((found.stacked(), points))
-        self._params.copy_(params)
+                looks.append((found.stacked(), found.guide_sites[pair.site]["value"]))
         parts = (torch.cat(part).double().cpu().numpy() for part in zip(*looks, strict=True))
         return Look(*parts)
 
     def settle(self) -> None:
         """Put the parameters where their mean is."""
-        self._params.copy_(self._mean)
+        with torch.no_grad():
+            self._params.copy_(self._mean)
 
     def save(self) -> State:
         """A copy of everything."""
+        numbers = torch.stack([self._params.detach(), self._mean, self._first, self._second])
         held = [torch.as_tensor(place.tensor).clone() for place in self._buffers]
-        return State(self._random, self._numbers.clone(), self._count, held)
+        return State(self._random, numbers, self._count, held)
 
     def restore(self, saved: State) -> None:
         """Go back to a copy."""
         self._random, self._count = saved.random, saved.count
-        self._numbers.copy_(saved.numbers)
+        with torch.no_grad():
+            rows = (self._params, self._mean, self._first, self._second)
+            for row, value in zip(rows, saved.numbers, strict=True):
+                row.copy_(value)
         for place, value in zip(self._buffers, saved.buffers, strict=True):
             place.put(value)
 
     def finish(self) -> None:
-        """Leave the guide with the mean parameters, each with a memory of its own."""
-        self.settle()
-        for leaf, view in zip(self._leaves, self._views(), strict=True):
-            leaf.data = view.clone()
-
-    def _views(self) -> Iterator[Tensor]:
-        """The row of the parameters in their shapes."""
-        parts = self._params.split([p.numel() for p in self._leaves])
-        return (part.view(p.shape) for part, p in zip(parts, self._leaves, strict=True))
+        """Give the guide the mean parameters."""
+        self._pair.write(self._mean)
 
 
-class _Whitened:
-    """The pair of ``w``, called with the power of the model's density."""
+class _Whitened(torch.nn.Module):
+    """The pair of ``w``; its guide is called with the row of the parameters."""
 
     def __init__(self, flat: FlatModel, owner: AutoPosterior) -> None:
+        super().__init__()
         self.site = owner._aux_name("latent")
+        self.latent = owner.latent
         self._flat = flat
-        self._latent = owner.latent
-        self._loc, self._scale_tril = (
-            x.detach().to(flat.dtype) for x in (owner.latent.loc, owner.latent.scale_tril)
-        )
+        fixed = (owner.latent.loc, owner.latent.scale_tril)
+        self._loc, self._scale_tril = (x.detach().to(flat.dtype) for x in fixed)
         self._log_det = self._scale_tril.diagonal().log().sum()
-        self._flat_prior = dist.ImproperUniform(constraints.real_vector, (), (flat.size,))
+        self._prior = dist.ImproperUniform(constraints.real_vector, (), (flat.size,))
+        self._trained = {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad and all(parameter is not x for x in fixed)
+        }
 
-    def model(self, power: float) -> None:
-        w = pyro.sample(self.site, self._flat_prior)
-        pyro.factor("target", self._log_density(w, power))
+    def row(self) -> Tensor:
+        """A copy of the trained parameters."""
+        return torch.cat([parameter.detach().reshape(-1) for parameter in self._trained.values()])
 
-    def guide(self, power: float) -> None:
-        self._latent.drawn(self.site, {})
+    def write(self, row: Tensor) -> None:
+        """Put a row into the trained parameters."""
+        with torch.no_grad():
+            for name, value in self._shaped(row).items():
+                self._trained[name].copy_(value)
 
-    def _log_density(self, w: Tensor, power: float) -> Tensor:
+    def _shaped(self, row: Tensor) -> dict[str, Tensor]:
+        parts = row.split([parameter.numel() for parameter in self._trained.values()])
+        pairs = zip(self._trained.items(), parts, strict=True)
+        return {name: part.view(parameter.shape) for (name, parameter), part in pairs}
+
+    def forward(self) -> Tensor:
+        """The guide's statements, with the parameters that the modules have."""
+        return self.latent.drawn(self.site, {})
+
+    def guide(self, row: Tensor, power: Tensor) -> None:
+        """With those of a row."""
+        functional_call(self, self._shaped(row), ())
+
+    def model(self, power: Tensor) -> None:
+        """The density at every ``w``, of the model and, for the rest, of the start."""
+        w = pyro.sample(self.site, self._prior)
         u = self._loc + w @ self._scale_tril.mT
         rows = self._flat.log_density(u.reshape(-1, u.shape[-1]))
         whole = rows.reshape(u.shape[:-1]) + self._log_det
-        if power == 1:
-            return whole
-        start = dist.Normal(torch.zeros_like(w), torch.ones_like(w)).log_prob(w).sum(-1)
-        return power * whole + (1 - power) * start
+        start = -0.5 * (w.square() + math.log(2 * math.pi)).sum(-1)
+        mixed = power * whole + (1 - power) * start
+        pyro.factor("target", torch.where(power < 1, mixed, whole))
 
 
 @contextmanager
