@@ -8,7 +8,7 @@ trained has :math:`w` for its only latent: the model is one factor, the guide th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.func import functional_call
@@ -115,8 +116,7 @@ class PosteriorTrainer:
         return loss, self._taken()
 
     def _loss_and_grads(self, power: Tensor) -> Tensor:
-        guide = partial(self._pair.guide, self._params)
-        return self._elbo.loss_and_grads(self._pair.model, guide, power)
+        return self._pair.at(self._params, partial(self._elbo.loss_and_grads, power=power))
 
     def _taken(self) -> Tensor:
         """The gradient, which is there no longer."""
@@ -169,7 +169,6 @@ class PosteriorTrainer:
     @torch.no_grad()
     def _drawn(self, seed: int, num_draws: int) -> Look:
         pair = self._pair
-        guide = partial(pair.guide, self._mean)
         (power,) = self._like(np.ones(1))
         looks = []
         with _random(None):
@@ -177,9 +176,14 @@ class PosteriorTrainer:
             size = min(self._rows, LOOKED_AT)
             for start in range(0, num_draws, size):
                 rows = min(size, num_draws - start)
-                found = _trace.run(
-                    pair.model, guide, (power,), {}, num_particles=rows, particle_dim=-1
+                drawn = partial(
+                    _trace.run,
+                    args=(),
+                    kwargs={"power": power},
+                    num_particles=rows,
+                    particle_dim=-1,
                 )
+                found = pair.at(self._mean, drawn)
                 looks.append((found.stacked(), found.guide_sites[pair.site]["value"]))
         parts = (torch.cat(part).double().cpu().numpy() for part in zip(*looks, strict=True))
         return Look(*parts)
@@ -211,7 +215,7 @@ class PosteriorTrainer:
 
 
 class _Whitened(torch.nn.Module):
-    """The pair of ``w``; its guide is called with the row of the parameters."""
+    """The pair of ``w``, called with the power of the model's density."""
 
     def __init__(self, flat: FlatModel, owner: AutoPosterior) -> None:
         super().__init__()
@@ -243,13 +247,18 @@ class _Whitened(torch.nn.Module):
         pairs = zip(self._trained.items(), parts, strict=True)
         return {name: part.view(parameter.shape) for (name, parameter), part in pairs}
 
-    def forward(self) -> Tensor:
-        """The guide's statements, with the parameters that the modules have."""
-        return self.latent.drawn(self.site, {})
+    def at(self, row: Tensor, run: Callable[..., Any]) -> Any:
+        """What a function of model and guide returns where the parameters are those of a row."""
+        return functional_call(self, self._shaped(row), (run,))
 
-    def guide(self, row: Tensor, power: Tensor) -> None:
-        """With those of a row."""
-        functional_call(self, self._shaped(row), ())
+    def forward(self, run: Callable[..., Any]) -> Any:
+        """The same where the modules' own are the parameters."""
+        # All of it: distributions read them when they are asked.
+        return run(self.model, self.guide)
+
+    def guide(self, power: Tensor) -> None:
+        """Draw; the power changes nothing."""
+        self.latent.drawn(self.site, {})
 
     def model(self, power: Tensor) -> None:
         """The density at every ``w``, of the model and, for the rest, of the start."""
@@ -264,11 +273,15 @@ class _Whitened(torch.nn.Module):
 
 @contextmanager
 def _random(state: RandomState | None) -> Iterator[None]:
-    """With other random numbers, after which those of the user go on as before."""
+    """With other random numbers, after which those of the user go on.
+
+    No handler sees in, and a density may be no number.
+    """
     before = RandomState.now()
     try:
         if state is not None:
             state.restore()
-        yield
+        with poutine.block(), pyro.validation_enabled(False):
+            yield
     finally:
         before.restore()
