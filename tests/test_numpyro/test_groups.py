@@ -258,6 +258,24 @@ def test_trains_under_svi(exact: None) -> None:
     np.testing.assert_allclose(10 * result.history.step_losses[-1], -evidence, atol=1e-2)
 
 
+def test_a_failure_of_one_particle_is_named(exact: None) -> None:
+    """Whichever particle of whichever group it is."""
+
+    def model(x: jax.Array) -> None:
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.factor("broken", jnp.where(z > 1.2, jnp.nan, x.sum()))
+
+    def guide(x: jax.Array) -> None:
+        numpyro.sample("z", dist.Normal(numpyro.param("loc", jnp.zeros(())), 1.0))
+
+    svi = SVI(model, guide, optax.sgd(0.0), ImportanceWeightedELBO(num_outer=4))
+    with pytest.warns(UserWarning, match="non-finite log_prob at site 'broken'"):
+        result = fit(KEY, svi, np.zeros(20), num_epochs=1, batch_size=1, progress_bar=False)
+    skipped = result.history.skipped
+    assert 2 < len(skipped) < 18
+    assert {(step.site, step.reason) for step in skipped} == {("broken", "log_prob")}
+
+
 def test_bad_values() -> None:
     with pytest.raises(ValueError, match="^Expected num_outer >= 1; got 0.$"):
         ImportanceWeightedELBO(num_outer=0)

@@ -252,6 +252,27 @@ def test_trains_under_svi() -> None:
     np.testing.assert_allclose(10 * result.history.step_losses[-1], -evidence, atol=1e-2)
 
 
+def test_a_failure_of_one_particle_is_named() -> None:
+    """Whichever particle of whichever group it is."""
+
+    def model(x: torch.Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("broken", torch.where(z > 1.2, torch.inf, x.sum()))
+
+    def guide(x: torch.Tensor) -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0))
+
+    pyro.clear_param_store()
+    elbo = ImportanceWeightedELBO(num_outer=4)
+    svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.0}), elbo)
+    options = {"num_epochs": 1, "batch_size": 1, "compile": False, "progress_bar": False}
+    with pytest.warns(UserWarning, match="non-finite log_prob at site 'broken'"):
+        result = fit(svi, torch.zeros(20), **options)
+    skipped = result.history.skipped
+    assert 2 < len(skipped) < 18
+    assert {(step.site, step.reason) for step in skipped} == {("broken", "log_prob")}
+
+
 def test_bad_values() -> None:
     with pytest.raises(ValueError, match="^Expected num_outer >= 1; got 0.$"):
         ImportanceWeightedELBO(num_outer=0)
