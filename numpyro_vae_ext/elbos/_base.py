@@ -64,7 +64,10 @@ class LogWeightELBO(HostELBO, ABC):
 
     @abstractmethod
     def bound(self, log_weights: jax.Array) -> jax.Array:
-        """The bound of every datum, from log-weights with the particles of a group in front."""
+        """The bound of every datum, from log-weights with the particles of a group in front.
+
+        Several groups are like one more plate, ``(num_particles, num_outer, *common_plates)``.
+        """
 
     def log_weights(
         self,

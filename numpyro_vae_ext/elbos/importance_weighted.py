@@ -51,8 +51,8 @@ class ImportanceWeightedELBO(LogWeightELBO):
         num_outer: number of groups `M`; the loss is the mean of their bounds.
         gradient: ``"reparam"``, ``"stl"``, ``"dreg"`` or ``"vimco"``.
         vectorize_particles: run the particles side by side, or one at a time.
-        chunk_size: run this many particles of all ``K * M`` at a time; memory is that of one chunk, in the
-            backward pass too, where each chunk is computed again.
+        chunk_size: run this many particles of all ``K * M`` at a time; memory is that of one chunk,
+            in the backward pass too, where each chunk is computed again.
 
     Raises:
         ValueError: if an argument is out of range; at the loss, if a latent site is in the model
@@ -67,7 +67,7 @@ class ImportanceWeightedELBO(LogWeightELBO):
         Roeder, Wu and Duvenaud (2017), arXiv 1703.09194, eq. 8 (``"stl"``);
         Tucker, Lawson, Gu and Maddison (2019), arXiv 1810.04152, eq. 8 (``"dreg"``);
         Mnih and Rezende (2016), arXiv 1602.06725 (``"vimco"``);
-        Rainforth et al. (2018), arXiv 1802.04537, eq. 3 (``num_outer``).
+        Rainforth et al. (2018), arXiv 1802.04537, section 3 (``num_outer``).
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optax

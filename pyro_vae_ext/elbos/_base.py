@@ -59,6 +59,9 @@ class LogWeightELBO(HostELBO, ABC):
             if not isinstance(chunk_size, int) or chunk_size < 1:
                 raise ValueError(f"Expected chunk_size >= 1 or None; got {chunk_size}.")
         self.num_outer = positive_int("num_outer", num_outer)
+        if vectorize_particles and num_particles == 1 and num_outer > 1:
+            # The plate of the particles, which Pyro adds for several in a group alone.
+            self.max_plate_nesting += 1
         self.gradient = one_of("gradient", gradient, GRADIENTS)
         if gradient == "vimco" and num_particles < 2:
             raise ValueError(

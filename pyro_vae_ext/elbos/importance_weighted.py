@@ -46,8 +46,9 @@ class ImportanceWeightedELBO(LogWeightELBO):
         gradient: ``"reparam"``, ``"stl"``, ``"dreg"`` or ``"vimco"``, which needs two particles.
         vectorize_particles: Run all particles at once in an outermost plate (networks must take
             any left batch), or one after another.
-        chunk_size: Particles of all ``K * M`` to run at a time, with activations recomputed in the backward pass:
-            the memory of that many, for one more forward pass. None runs all at once.
+        chunk_size: Particles of all ``K * M`` to run at a time, with activations recomputed in the
+            backward pass: the memory of that many, for one more forward pass. None runs all at
+            once.
         max_plate_nesting: Largest number of nested plates of model and guide; found by running
             the pair once if left out.
 
@@ -60,10 +61,11 @@ class ImportanceWeightedELBO(LogWeightELBO):
     References:
         Burda, Grosse and Salakhutdinov, 2016, *Importance Weighted Autoencoders*,
         arXiv:1509.00519, eq. 8 and 14. Roeder, Wu and Duvenaud, 2017, *Sticking the Landing*,
-        arXiv:1703.09194, eq. 8. Rainforth et al., 2018, *Tighter Variational Bounds are Not
-        Necessarily Better*, arXiv:1802.04537, eq. 3 (``num_outer``). Mnih and Rezende, 2016, *Variational Inference for Monte Carlo
+        arXiv:1703.09194, eq. 8. Mnih and Rezende, 2016, *Variational Inference for Monte Carlo
         Objectives*, arXiv:1602.06725, per-sample signals. Tucker, Lawson, Gu and Maddison, 2019,
-        *Doubly Reparameterized Gradient Estimators*, arXiv:1810.04152, eq. 7.
+        *Doubly Reparameterized Gradient Estimators*, arXiv:1810.04152, eq. 7. Rainforth et al.,
+        2018, *Tighter Variational Bounds are Not Necessarily Better*, arXiv:1802.04537, section 3
+        (``num_outer``).
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist

@@ -2,7 +2,7 @@
 
 References:
     Rainforth et al. (2018), Tighter Variational Bounds are Not Necessarily Better, arXiv
-    1802.04537, eq. 3.
+    1802.04537, section 3.
     Mnih and Rezende (2016), Variational Inference for Monte Carlo Objectives, arXiv
     1602.06725 (the gradient that the enumeration is compared with).
 """

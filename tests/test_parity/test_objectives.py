@@ -99,14 +99,19 @@ CHOICES = [
 ]
 # One particle is the objective's other branch, which does not depend on the family.
 LAYOUTS = [
-    pytest.param(name, options, count, id=f"{name}-{i}-{count}")
+    pytest.param(name, options, count, 1, id=f"{name}-{i}-{count}")
     for i, (name, options) in enumerate(CHOICES)
     for count in ((1, 5) if name in DIRECT else (5,))
+]
+# Nor do groups of particles.
+LAYOUTS += [
+    pytest.param(*CHOICES[0], count, outer, id=f"groups-{outer}-of-{count}")
+    for count, outer in ((1, 4), (3, 2))
 ]
 
 
 @pytest.mark.parametrize("gradient", ["reparam", "stl", "dreg"])
-@pytest.mark.parametrize(("name", "options", "num_particles"), LAYOUTS)
+@pytest.mark.parametrize(("name", "options", "num_particles", "num_outer"), LAYOUTS)
 @pytest.mark.parametrize("amortised", [True, False])
 def test_loss_and_every_gradient(
     monkeypatch: pytest.MonkeyPatch,
@@ -114,6 +119,7 @@ def test_loss_and_every_gradient(
     options: dict,
     gradient: str,
     num_particles: int,
+    num_outer: int,
     amortised: bool,
 ) -> None:
     """Encoder, family and decoder of a Bernoulli model, with a scaled data plate."""
@@ -124,7 +130,8 @@ def test_loss_and_every_gradient(
     weights = {key: 0.5 * rng.standard_normal(shape) for key, shape in shapes.items()}
     x = (rng.random((ROWS, 7)) < 0.4).astype(float)
     sites = {"Auxiliary": (2, 3), "VGP": (options.get("input_dim", 3), 3)}.get(name, (3,))
-    noise = [rng.standard_normal((num_particles, ROWS, width)) for width in sites]
+    noise = [rng.standard_normal((num_particles * num_outer, ROWS, width)) for width in sites]
+    settings = {"num_outer": num_outer, "gradient": gradient}
     tensors = {key: torch.tensor(value, requires_grad=True) for key, value in weights.items()}
 
     def model_in_pyro(x: torch.Tensor) -> None:
@@ -138,7 +145,7 @@ def test_loss_and_every_gradient(
             ours("z", torch.tanh(x @ tensors["encoder"]) if amortised else None)
 
     def in_torch() -> tuple:
-        elbo = PyroELBO(num_particles, gradient=gradient, max_plate_nesting=1)
+        elbo = PyroELBO(num_particles, **settings, max_plate_nesting=1)
         loss = elbo.differentiable_loss(model_in_pyro, guide_in_pyro, torch.tensor(x))
         named = {**dict(ours.named_parameters()), **tensors}
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
@@ -165,7 +172,7 @@ def test_loss_and_every_gradient(
     }
 
     def in_jax() -> tuple:
-        elbo = NumPyroELBO(num_particles, gradient=gradient)
+        elbo = NumPyroELBO(num_particles, **settings)
         step = jax.value_and_grad(
             lambda p: elbo.loss(jax.random.PRNGKey(0), p, model_in_numpyro, guide_in_numpyro, x)
         )
