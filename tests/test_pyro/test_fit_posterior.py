@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import CASES
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, Predictive
@@ -20,7 +21,7 @@ from reference import starts as reference
 from pyro_vae_ext import _trace
 from pyro_vae_ext._flat import flat_model
 from pyro_vae_ext.elbos import ImportanceWeightedELBO
-from pyro_vae_ext.guides import IAF, Auxiliary, AutoPosterior, MeanField
+from pyro_vae_ext.guides import IAF, AutoPosterior, Auxiliary, MeanField
 from pyro_vae_ext.training import PosteriorResult, fit_posterior, pathfinder
 from pyro_vae_ext.training._posterior import PosteriorTrainer
 
@@ -174,6 +175,24 @@ def normal():
     pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
 
 
+@pytest.mark.parametrize("case", CASES["training"]["fit_posterior"])
+def test_race(case: dict) -> None:
+    """Rates race from the same start with the same noise; the first of equals wins."""
+    found = run(normal, family=MeanField, **case)
+    rates = case["learning_rates"]
+    history = found.history
+    if isinstance(rates, float):
+        assert history.race == {}
+    else:
+        # The start is the posterior: every path gradient is 0.
+        assert list(history.race) == list(rates)
+        np.testing.assert_allclose(list(history.race.values()), 0, atol=1e-4)
+        assert history.num_draws == 8 * (len(history.step_elbos) + 150)
+    assert history.learning_rate[0] == np.atleast_1d(rates)[0]
+    assert history.elbo[0] == pytest.approx(0, abs=1e-4)
+    assert found.diagnosis.log_evidence == pytest.approx(0, abs=1e-4)
+
+
 def trainer(model, *args, family=SMALL, num_particles=8) -> tuple[PosteriorTrainer, AutoPosterior]:
     pyro.set_rng_seed(0)
     flat = flat_model(model, args, {})
@@ -282,7 +301,8 @@ def test_store_is_left_alone() -> None:
     for fitted, size in ((first, 2), (second, 3)):
         mean = fitted.guide.median()["z"]
         np.testing.assert_allclose(mean.numpy(), np.full(size, 2.0), atol=0.05)
-    assert second.guide.latent.family.loc is store["AutoPosterior.latent$$$family.loc"].unconstrained()
+    known = store["AutoPosterior.latent$$$family.loc"].unconstrained()
+    assert second.guide.latent.family.loc is known
     with pytest.raises(ValueError, match="Expected start to be of this model"):
         run(model, 3, start=first.start, **options)
     assert set(store) == {"mean", "other", *second.params}
