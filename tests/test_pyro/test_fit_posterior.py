@@ -129,7 +129,7 @@ def test_same_seed_same_result(fitted) -> None:
     np.testing.assert_array_equal(again.history.step_elbos, fitted.history.step_elbos)
 
 
-def two_modes(away=3.0):
+def two_modes(away=2.0):
     """Half the mass at each end, in the first of two numbers; the evidence is 1."""
     z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (2,)))
     ends = z.new_tensor([[-away, 0.0], [away, 0.0]])
@@ -139,8 +139,8 @@ def two_modes(away=3.0):
 
 def test_tempering_finds_both_modes() -> None:
     """Half the draws at each; the start at one of them has but one, and is told so."""
-    options = {"family": partial(IAF, num_flows=4, hidden_dims=(32,)), "num_steps": 2000}
-    found = run(two_modes, temper=True, **options)
+    family = partial(IAF, num_flows=2, hidden_dims=(32,))
+    found = run(two_modes, temper=True, family=family, num_steps=1200)
     draws = found.guide.sample_posterior(sample_shape=(4000,))["z"]
     assert 0.4 < (draws[:, 0] > 0).double().mean() < 0.6
     assert found.diagnosis.num_modes == 2
