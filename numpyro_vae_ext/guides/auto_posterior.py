@@ -141,8 +141,9 @@ class AutoPosterior(TransportGuide):
             # By site, its scale given the sites before it.
             log_scale = jnp.log(jnp.diagonal(lax.stop_gradient(place.scale_tril)))
             scales = dict(_split(self._sites, log_scale))
+        locs = dict(_split(self._sites, lax.stop_gradient(place.loc)))
         # In no plate, as in the host's joint guides: there is one weight for all rows anyway.
-        return Latents(self._sites, dict(_split(self._sites, vector)), scales, {}, {})
+        return Latents(self._sites, dict(_split(self._sites, vector)), scales, {}, {}, locs)
 
     def _set_up(self) -> None:
         """Build the family and read the start, once the sites are known."""
