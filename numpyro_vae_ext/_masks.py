@@ -26,7 +26,7 @@ from jax import random
 from numpyro.distributions import biject_to
 from numpyro.handlers import block
 
-from numpyro_vae_ext._checks import WRAPPERS, is_traced, masks
+from numpyro_vae_ext._checks import WRAPPERS, is_traced
 from numpyro_vae_ext._record import Pair, Recorder, Sites, latent_sites, log_probs, sample_sites
 
 # Of the latent site that the host makes for `obs_mask`, next to one that ends in "_observed".
@@ -67,30 +67,43 @@ class Hidden(NamedTuple):
         return term.sum(tuple(range(-self.depth, 0))) if self.depth else term
 
 
+class _Level(NamedTuple):
+    """A mask of a distribution: the mask, what it is of, and whether wrappers alone are around."""
+
+    mask: Any
+    fn: Any
+    plain: bool
+
+
+def _levels(fn: Any) -> list[_Level]:
+    found, plain = [], True
+    while hasattr(fn, "base_dist"):
+        plain = plain and isinstance(fn, WRAPPERS)
+        if isinstance(fn, dist.MaskedDistribution):
+            found.append(_Level(fn._mask, fn.base_dist, plain))
+        fn = fn.base_dist
+    return found
+
+
 def is_masked(fn: Any) -> bool:
     """Whether a mask may leave something out."""
-    return any(mask is not True for mask in masks(fn))
+    return any(level.mask is not True for level in _levels(fn))
 
 
 def hidden(fn: Any) -> Hidden | None:
     """What the masks of a distribution leave out; None without any."""
     if not is_masked(fn):
         return None
-    found: list[tuple[jax.Array, int]] = []
-    inner, level = fn, fn
-    while isinstance(inner, WRAPPERS):
-        if isinstance(inner, dist.MaskedDistribution):
-            found.append((jnp.asarray(inner._mask, bool), fn.event_dim - inner.event_dim))
-            level = inner.base_dist
-        inner = inner.base_dist
-    depth = fn.event_dim - level.event_dim
-    shape = fn.batch_shape + fn.event_shape[:depth]
-    rows, entries = None, jnp.ones(shape, bool)
-    for mask, inside in found:
+    levels = _levels(fn)
+    inner = levels[-1].fn
+    depth = fn.event_dim - inner.event_dim
+    rows, entries = None, jnp.ones(fn.batch_shape + fn.event_shape[:depth], bool)
+    for level in levels:
+        mask, inside = jnp.asarray(level.mask, bool), fn.event_dim - level.fn.event_dim
         entries = entries & mask.reshape(mask.shape + (1,) * (depth - inside))
         if not inside:
             rows = jnp.broadcast_to(mask if rows is None else rows & mask, fn.batch_shape)
-    return Hidden(rows, entries, depth, level)
+    return Hidden(rows, entries, depth, inner)
 
 
 def check_unread(
@@ -105,13 +118,31 @@ def check_unread(
         owner: What an error calls the caller.
 
     Raises:
-        ValueError: If the density of some site depends on what is masked out of a latent one, or
-            if that cannot be seen, since the masks are traced.
+        ValueError: If the density of some site depends on what is masked out of a latent one, if
+            that cannot be seen under jit, or a mask is inside of a transformed distribution.
     """
+    programs = [model] if (whole := _whole(model)) is model else [model, whole]
+    for program in programs:
+        _check_unread(program, args, kwargs, owner)
+
+
+def _whole(program: Callable[..., Any]) -> Callable[..., Any]:
+    """The program without the handlers that hide a part of it: what is hidden may read."""
+    whole: Any = program
+    inner: Any = program
+    while inner is not None:
+        whole = inner.fn if isinstance(inner, block) else whole
+        inner = getattr(inner, "fn", None)
+    return whole
+
+
+def _check_unread(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], owner: str
+) -> None:
     record = Recorder(Pair(model, model, args, kwargs), random.key(0), None)
 
     def densities(shift: float) -> tuple[Sites, dict[str, jax.Array]]:
-        sites = record.started(partial(_placed, shift), {})
+        sites = record.started(partial(_placed, shift, owner), {})
         return sites, log_probs(sites)
 
     with block(), jax.ensure_compile_time_eval():
@@ -138,20 +169,26 @@ def check_unread(
             )
 
 
-def _placed(shift: float, msg: Any) -> Any:
+def _placed(shift: float, owner: str, msg: Any) -> Any:
     """A value for a latent site: what counts is the same for every ``shift``."""
     if msg["type"] != "sample" or msg["is_observed"]:
         return None
     fn = msg["fn"]
+    if fn.support.is_discrete:
+        return None
+    if any(not level.plain for level in _levels(fn)):
+        raise ValueError(
+            f"Expected latent sites without a mask under {owner}; got site '{msg['name']}' with "
+            "one inside of a transformed distribution. Mask whole events of the site, or write the "
+            "guide by hand."
+        )
     transform = biject_to(fn.support)
     shape = transform.inverse_shape(fn.shape(msg["kwargs"].get("sample_shape", ())))
     # No two alike, so that differences and means move as well.
     free = (jnp.arange(1, 1 + math.prod(shape)) * 0.618034 % 1).reshape(shape)
     found = hidden(fn)
     if found is not None:
-        wide = found.entries.reshape(
-            found.entries.shape + (1,) * (len(shape) - found.entries.ndim)
-        )
+        wide = found.entries.reshape(found.entries.shape + (1,) * (len(shape) - found.entries.ndim))
         free = jnp.where(wide, free, free + shift * (0.5 + free))
     return transform(free)
 

@@ -158,9 +158,7 @@ class AutoAmortized(QueriedGuide):
         if wide is None:
             return here
         sites, free = wide.sites + here.sites, wide.free | here.free
-        return here._replace(
-            sites=sites, free=free, log_scales=wide.log_scales, locs=wide.locs
-        )
+        return here._replace(sites=sites, free=free, log_scales=wide.log_scales, locs=wide.locs)
 
     def _local_sites(self, args: Any, kwargs: Any) -> list[Site]:
         """The local sites at these arguments, their plates told to the host."""

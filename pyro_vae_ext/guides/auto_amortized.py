@@ -189,6 +189,9 @@ class AutoAmortized(QueriedGuide):
         for site, value in split(self._sites, vector):
             yield site, value, 0.0
 
+    def _locs(self) -> dict[str, Tensor]:
+        return self.global_guide._locs() if self.global_guide.prototype_trace is not None else {}
+
     def _context(self, plate: Any, args: tuple, kwargs: dict) -> Tensor:
         """The encoder's rows that are drawn, at the plate's dimension."""
         context = self.encoder(*args, **kwargs)

@@ -170,6 +170,9 @@ class AutoPosterior(TransportGuide):
         for (site, value), (_, log_scale) in zip(values, parts, strict=True):
             yield site, value, -sum_rightmost(log_scale, len(site.event))
 
+    def _locs(self) -> dict[str, Tensor]:
+        return {site.name: loc for site, loc in split(self._sites, self.latent.loc.detach())}
+
     def _posterior(self) -> tuple[GuideFamily | None, Any, Any]:
         if "latent" not in self._modules:
             return None, None, None
