@@ -139,9 +139,8 @@ def _whole(program: Callable[..., Any]) -> Callable[..., Any]:
 def _check_unread(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], owner: str
 ) -> None:
-    record = Recorder(Pair(model, model, args, kwargs), random.key(0), None)
-
     def densities(shift: float) -> tuple[Sites, dict[str, jax.Array]]:
+        record = Recorder(Pair(model, model, args, kwargs), random.key(0), None)
         sites = record.started(partial(_placed, shift, owner), {})
         return sites, log_probs(sites)
 
