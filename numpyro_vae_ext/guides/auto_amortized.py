@@ -43,8 +43,8 @@ class AutoAmortized(QueriedGuide):
     ``{prefix}_encoder`` and ``{prefix}_local_family`` and, with global latents, those of
     :class:`AutoPosterior`.
 
-    Masked latents are those of :class:`AutoPosterior`, local ones with :math:`m = 0`; the mask may be
-    another one at every call.
+    Masked latents are those of :class:`AutoPosterior`, local ones with :math:`m = 0`; the mask may
+    be another one at every call.
 
     Args:
         model: Program of NumPyro primitives.

@@ -46,8 +46,8 @@ class AutoAmortized(QueriedGuide):
     ``state_dict``. The parameters are those of ``encoder``, of ``family`` and, with global
     latents, of ``global_guide``.
 
-    Masked latents are those of :class:`AutoPosterior`, local ones with :math:`m = 0`; the mask may be
-    another one at every call.
+    Masked latents are those of :class:`AutoPosterior`, local ones with :math:`m = 0`; the mask may
+    be another one at every call.
 
     Args:
         model: Program of Pyro primitives; ``plate`` is its outermost plate around local latents.
