@@ -196,13 +196,17 @@ class FamilyGuide(AutoGuide):
         """Run the guide's statements with the arguments of the model; values by site."""
         self._prepare(args, kwargs)
         plates = self._create_plates(*args, **kwargs)
-        drawn = list(self._latents(plates, args, kwargs))
-        values = {site.name: site.transform(free) for site, free, _ in drawn}
-        hidden = self._hidden(plates, values, args, kwargs) if self._has_masks else {}
-        locs = self._locs() if hidden else {}
+        drawn: Any = self._latents(plates, args, kwargs)
+        hidden: dict[str, Any] = {}
+        locs: dict[str, Tensor] = {}
+        if self._has_masks:
+            # The masks may depend on any of the values.
+            drawn = list(drawn)
+            values = {site.name: site.transform(free) for site, free, _ in drawn}
+            hidden, locs = self._hidden(plates, values, args, kwargs), self._locs()
         result = {}
         for site, unconstrained, missing in drawn:
-            value = values[site.name]
+            value = site.transform(unconstrained)
             log_det = site.transform.log_abs_det_jacobian(unconstrained, value)
             log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + site.event_dim)
             fn = Delta(value, log_density=missing - log_det, event_dim=site.event_dim)
