@@ -8,15 +8,14 @@
 A row is a fit with all defaults: the worst error of a mean in the posterior's standard deviations,
 the worst ratio of standard deviations (always above 1), k-hat of 4,000 draws, the bound, steps,
 seconds by part and draws a second of race and training. `smoothed` are error and ratio after
-importance resampling with k-hat's weights. `hosts` are NumPyro's AutoNormal, AutoMultivariateNormal,
-AutoIAFNormal and AutoBNAFNormal, 10,000 steps of Adam, 16 draws, at the better of 1e-2 and 1e-3 by
+importance resampling. `hosts` are NumPyro's AutoNormal, AutoMultivariateNormal, AutoIAFNormal and
+AutoBNAFNormal, 10,000 steps of Adam, 16 draws, at the better of 1e-2 and 1e-3 by
 the final loss; `nuts` is NUTS with 1,000 warmup steps and 1,000 draws. Data and draws are those
-that `examples/posterior_data.py` names. With `--regression` the rows are Gaussian linear regressions
-whose evidence is known, by size, and the bound is given in nats below it.
+that `examples/posterior_data.py` names. With `--regression` the rows are linear regressions whose
+evidence is known, by size, and the bound is given in nats below it.
 """
 
 import argparse
-import functools
 import sys
 import time
 from pathlib import Path
@@ -74,9 +73,9 @@ class NumPyro:
 
         key, one, two = jax.random.split(jax.random.key(seed), 3)
         found = fit_posterior(key, model, *values, progress_bar=False, **family, **options)
-        ask = functools.partial(found.guide.sample_posterior, params=found.params)
-        draws = ask(one, sample_shape=(EVALUATED,))
-        again = ask(two, *values, sample_shape=(4000,), num_importance=25)
+        ask = found.guide.sample_posterior
+        draws = ask(one, found.params, sample_shape=(EVALUATED,))
+        again = ask(two, found.params, *values, sample_shape=(4000,), num_importance=25)
         return found, draws, again
 
     def families(self, name):
