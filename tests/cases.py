@@ -423,6 +423,8 @@ CASES: dict[str, dict[str, list[dict]]] = {
             {"loss": (), "validation_loss": (), "best_epoch": None},
         ],
         "PathfinderResult": [{"num_paths": 2}],
+        "PosteriorHistory": [{"num_steps": 200, "learning_rates": 0.01}],
+        "PosteriorResult": [{"num_steps": 400, "learning_rates": 0.01}],
         "Skipped": [
             {"epoch": 0, "step": 1, "site": "x", "reason": "data"},
             {"epoch": 1, "step": 3, "site": None, "reason": "loss"},
@@ -434,6 +436,10 @@ CASES: dict[str, dict[str, list[dict]]] = {
             {"num_epochs": 3, "batch_size": 5, "shuffle": False},
             {"num_epochs": 3, "batch_size": 5, "drop_last": True},
             {"num_epochs": 3, "batch_size": 40},
+        ],
+        "fit_posterior": [
+            {"num_steps": 400, "learning_rates": 0.01},
+            {"num_steps": 1200, "learning_rates": (0.03, 0.01), "num_particles": 8},
         ],
         "load_checkpoint": [{"optimiser": "Adam"}, {"optimiser": "SGD"}],
         "pathfinder": [

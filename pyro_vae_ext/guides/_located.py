@@ -160,17 +160,18 @@ class Located(nn.Module):
 
     def forward(self, name: str) -> Tensor:
         r"""Draw ``(*batch, latent_dim)`` unconstrained numbers; the site is :math:`w`."""
-        value = self._drawn(name)
+        value = self.drawn(name, dict(AUXILIARY))
         if self.scale_tril is not None:
             value = value @ self.scale_tril.detach().mT
         return self.loc.detach() + value
 
-    def _drawn(self, name: str) -> Tensor:
+    def drawn(self, name: str, infer: Any) -> Tensor:
+        """Draw :math:`w` at a site with these instructions."""
         step = self.step
         if step is None:
-            return self.family(name, infer=dict(AUXILIARY))
+            return self.family(name, infer=infer)
         with Stepped(name, step) as stepped:
-            self.family(name, infer=dict(AUXILIARY))
+            self.family(name, infer=infer)
         if stepped.value is None:
             raise ValueError(
                 f"Expected the family to sample the site '{name}' that it is called for; got no "

@@ -1,0 +1,270 @@
+"""A model's posterior in one call: a start, a race of learning rates, training, a diagnosis."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_vae_ext._checks import positive_int
+from pyro_vae_ext._flat import FlatModel, flat_model
+from pyro_vae_ext.guides import IAF, AutoPosterior
+from pyro_vae_ext.training._course import Course, check_steps, checked_rates
+from pyro_vae_ext.training._diagnosis import Diagnosis, count_modes, diagnose, pooled
+from pyro_vae_ext.training._posterior import PosteriorTrainer
+from pyro_vae_ext.training.pathfinder import pathfinder
+from pyro_vae_ext.training.posterior_history import PosteriorHistory
+
+
+class PosteriorResult(NamedTuple):
+    """What :func:`fit_posterior` returns.
+
+    Attributes:
+        guide: The guide, an ``AutoPosterior``, which holds its parameters.
+        params: Its parameters by their names in Pyro's store, as copies.
+        history: Bounds, learning rates and seconds.
+        diagnosis: How good the guide is, and what to do next.
+        start: What ``pathfinder`` returned, or the ``start`` that was given.
+    """
+
+    guide: AutoPosterior
+    params: dict[str, Tensor]
+    history: PosteriorHistory
+    diagnosis: Diagnosis
+    start: Any
+
+
+def fit_posterior(
+    model: Callable[..., Any],
+    *args: Any,
+    family: Callable[..., Any] = IAF,
+    num_steps: int = 10_000,
+    num_particles: int = 64,
+    learning_rates: float | Sequence[float] = (1e-2, 3e-3),
+    start: Any = None,
+    temper: bool = False,
+    num_restarts: int = 1,
+    num_samples: int = 4000,
+    progress_bar: bool = True,
+    **kwargs: Any,
+) -> PosteriorResult:
+    r"""Fit a guide to the posterior of a model, with everything that it takes.
+
+    1. :func:`pathfinder` finds a Normal :math:`N(m, A A^\top)` near the posterior. The guide is
+       ``AutoPosterior(model, family, start=...)``: the family has to learn what is left, in
+       coordinates in which all scales are near 1.
+    2. The learning rates run 150 steps each, from the same start with the same noise. The one with
+       the best bound goes on.
+    3. Adam minimises the negative evidence lower bound, averaged over ``num_particles`` draws, by
+       its path gradient ("sticking the landing"). The rate falls to 3 % in four stages. After each
+       window of 250 steps, the mean of the window's parameters is judged by 1000 draws, always of
+       the same noise. A stage ends when two windows in a row gain less than 0.002 nats; the next
+       goes on from the mean. The last one ends when means and log standard deviations change by
+       less than 0.02 of the posterior's as well, or when ``num_steps`` are spent.
+    4. The mean parameters of the best window are the result. New draws diagnose it.
+
+    With ``temper=True`` the first 30 % of ``num_steps`` go from the start's Normal :math:`\pi_0`
+    to the posterior, along :math:`\pi_0^{1 - \beta} p^\beta` with :math:`\beta` from 0.01 to 1 in
+    equal ratios, and the start is the Normal with the mean and covariance of the Normals of all
+    paths: several modes are then found that a start at one of them would miss.
+
+    A step without a finite bound and gradient changes nothing. Parameters of the model, as
+    ``pyro.param`` makes them, stay at their present values: train those with ``SVI``.
+
+    Args:
+        model: Program of Pyro primitives without discrete latent sites. Random numbers are those of
+            torch: the same ``pyro.set_rng_seed`` gives the same result.
+        args: Positional arguments of the model.
+        family: As for ``AutoPosterior``.
+        num_steps: The most steps; those of rates that lose the race come on top.
+        num_particles: Draws of a step.
+        learning_rates: Learning rates to race, or one of them; of rates that are as good the
+            first is taken.
+        start: What :func:`pathfinder` returned for the same model and arguments, or anything with
+            its attributes ``loc``, ``scale_tril`` and ``sites``; instead of running it.
+        temper: Go from a wide Normal to the posterior, for several modes.
+        num_restarts: Runs from start to end with other random numbers; the one with the best
+            bound is kept.
+        num_samples: Draws of the diagnosis.
+        progress_bar: Show bars on standard error.
+        kwargs: Keyword arguments of the model.
+
+    Returns:
+        Guide, parameters, history and diagnosis, as :class:`PosteriorResult`.
+
+    Raises:
+        ValueError: If the model has no continuous latent site, or a discrete or masked one; if the
+            log-density is finite at no start; if ``start`` is of another model; if the posterior is
+            improper, so that the bound grows without an end; if ``num_steps`` are too few to race.
+            The message names the site.
+        TypeError: If an argument has the wrong type.
+        FloatingPointError: If no window had a finite bound.
+
+    References:
+        Zhang, Carpenter, Gelman and Vehtari (2022), Pathfinder, arXiv 2108.03782 (the start);
+        Agrawal, Sheldon and Domke (2020), Advances in Black-Box VI: Normalizing Flows, Importance
+        Weighting, and Optimization, arXiv 2006.10343 (race, path gradient, many draws);
+        Welandawe, Andersen, Vehtari and Huggins (2022), Robust, Automated, and Accurate Black-box
+        Variational Inference, arXiv 2203.15945 (stages, means of parameters, the end).
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro_vae_ext.guides import MeanField
+        >>> def model(x):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     scale = pyro.sample("scale", dist.HalfNormal(10.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(loc, scale), obs=x)
+        >>> x = torch.linspace(100.0, 104.0, 50)
+        >>> fitted = fit_posterior(model, x, family=MeanField, num_steps=400, learning_rates=0.01,
+        ...                        progress_bar=False)
+        >>> draws = fitted.guide.sample_posterior(sample_shape=(1000,))
+        >>> bool(abs(draws["loc"].mean() - 102) < 0.1), bool(fitted.diagnosis.khat < 0.7)
+        (True, True)
+    """
+    rates = checked_rates(learning_rates)
+    check_steps(num_steps, rates)
+    positive_int("num_particles", num_particles)
+    positive_int("num_restarts", num_restarts)
+    positive_int("num_samples", num_samples)
+    if not isinstance(temper, bool):
+        raise TypeError(f"Expected temper to be a bool; got {type(temper).__name__}.")
+    flat = flat_model(model, args, kwargs, "fit_posterior")
+    runs: list[_Run] = []
+    for _ in range(num_restarts):
+        run = _Run(flat, model, args, kwargs, family, start, num_particles, temper, progress_bar)
+        with tqdm(total=num_steps, disable=not progress_bar, desc="fit_posterior") as bar:
+            run.train(num_steps, rates, bar)
+        runs.append(run)
+    best = max(runs, key=lambda run: run.elbo)
+    best.history.restarts = [run.elbo for run in runs]
+    return best.result(num_samples)
+
+
+class _Run:
+    """One run: start, race, training."""
+
+    def __init__(
+        self,
+        flat: FlatModel,
+        model: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        family: Callable[..., Any],
+        start: Any,
+        num_particles: int,
+        temper: bool,
+        progress_bar: bool,
+    ) -> None:
+        self.history, self.temper, self.elbo = PosteriorHistory(), temper, -math.inf
+        self._num_particles = num_particles
+        self._clock = time.perf_counter()
+        if start is None:
+            start = pathfinder(model, *args, progress_bar=progress_bar, **kwargs)
+        self._lap("pathfinder")
+        self.start = start
+        begin = _wide(start) if temper else start
+        self.guide = AutoPosterior(model, family, start=begin)
+        with poutine.block(), self.guide._pyro_context:
+            self._prefix = f"{self.guide._pyro_get_fullname('latent')}$$$"
+            with _without(self._prefix):
+                self.guide._prepare(args, kwargs)
+        self.trainer = PosteriorTrainer(flat, self.guide, num_particles)
+        self._flat = flat
+
+    def train(self, num_steps: int, rates: tuple[float, ...], bar: Any) -> None:
+        """Race and train; the trainer ends with the best mean parameters."""
+
+        def show(steps: int, elbo: float) -> None:
+            bar.set_postfix({"bound": f"{elbo:.6g}"}, refresh=False)
+            bar.update(max(0, steps - bar.n))
+
+        course = Course(
+            self.trainer,
+            self.history,
+            num_steps=num_steps,
+            rates=rates,
+            temper=self.temper,
+            where=self._site,
+            on_block=show,
+        )
+        rate = course.race()
+        self._lap("race")
+        course.train(rate)
+        self._lap("training")
+        self.elbo = course.best_elbo
+        self.history.num_draws = course.steps_in_all * self._num_particles
+
+    def result(self, num_samples: int) -> PosteriorResult:
+        """Diagnose."""
+        self._clock = time.perf_counter()
+        history = self.history
+        diagnosis = diagnose(
+            self.trainer.draw(num_samples).log_weights,
+            converged=history.stopped == "converged",
+            last_gain=history.last_gain,
+            num_modes=count_modes(_in_memory(self.start)),
+            tempered=self.temper,
+            is_flow=isinstance(self.guide.latent.family, IAF),
+            restarts=history.restarts,
+        )
+        self._lap("diagnosis")
+        return PosteriorResult(self.guide, self._kept(), history, diagnosis, self.start)
+
+    def _kept(self) -> dict[str, Tensor]:
+        """Put the parameters into the guide and Pyro's store; copies of them."""
+        self.trainer.finish()
+        guide, store = self.guide, pyro.get_param_store()
+        with poutine.block(), guide._pyro_context:
+            # Those of a guide of the same name, as an earlier fit may have left them, are not its.
+            for name in [name for name in store if name.startswith(self._prefix)]:
+                del store[name]
+            named = pyro.module(guide._pyro_get_fullname("latent"), guide.latent)
+        return {
+            self._prefix + name: parameter.detach().clone()
+            for name, parameter in named.named_parameters()
+        }
+
+    def _lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.history.seconds[part] = now - self._clock
+        self._clock = now
+
+    def _site(self, index: int) -> str:
+        ends = np.cumsum([math.prod(shape) for shape in self._flat.shapes.values()])
+        return self._flat.names[int(np.searchsorted(ends, index, side="right"))]
+
+
+def _wide(start: Any) -> Any:
+    """The start, as wide as all paths that belong to the posterior."""
+    loc, scale_tril = pooled(_in_memory(start))
+    return SimpleNamespace(loc=loc, scale_tril=scale_tril, sites=start.sites)
+
+
+def _in_memory(start: Any) -> Any:
+    """The Normals of a start, whatever device they are on."""
+    names = ("loc", "scale_tril", "elbos", "locs", "scale_trils")
+    found = {name: getattr(start, name) for name in names if hasattr(start, name)}
+    return SimpleNamespace(**{name: torch.as_tensor(x).cpu() for name, x in found.items()})
+
+
+@contextmanager
+def _without(prefix: str) -> Iterator[None]:
+    """Pyro's store without what another guide of that name has in it, and as it was after it."""
+    store = pyro.get_param_store()
+    state: Any = store.get_state()
+    for kind in state.values():
+        for name in [name for name in kind if name.startswith(prefix)]:
+            del kind[name]
+    with store.scope(state):
+        yield
