@@ -20,7 +20,7 @@ from numpyro.primitives import CondIndepStackFrame
 Plates = tuple[CondIndepStackFrame, ...]
 Sites = Mapping[str, Any]
 
-_WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution)
+WRAPPERS = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution)
 
 
 def positive_int(name: str, value: Any, minimum: int = 1) -> int:
@@ -108,7 +108,7 @@ def check_weight(value: Any) -> None:
 
 def unwrapped(fn: Any) -> Any:
     """The distribution inside of the host's wrappers."""
-    while isinstance(fn, _WRAPPERS):
+    while isinstance(fn, WRAPPERS):
         fn = fn.base_dist
     return fn
 
@@ -116,7 +116,7 @@ def unwrapped(fn: Any) -> Any:
 def masks(fn: Any) -> list[Any]:
     """The masks of a distribution, booleans or arrays."""
     found = []
-    while isinstance(fn, _WRAPPERS):
+    while isinstance(fn, WRAPPERS):
         if isinstance(fn, dist.MaskedDistribution):
             found.append(fn._mask)
         fn = fn.base_dist

@@ -1,7 +1,8 @@
 """A model as the density of one vector of unconstrained numbers.
 
 The vector is that of ``AutoPosterior``: every latent site is unconstrained by ``biject_to`` and
-raveled, and the sites follow one another as in the model.
+raveled, and the sites follow one another as in the model. What is masked out of a latent site is a
+standard Normal in unconstrained space.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpyro.distributions import biject_to
 from numpyro.handlers import seed
 from numpyro.infer.util import constrain_fn, get_transforms
 
-from numpyro_vae_ext import _checks, _trace
+from numpyro_vae_ext import _checks, _masks, _trace
 from numpyro_vae_ext._record import (
     Pair,
     Recorder,
@@ -114,6 +115,9 @@ class FlatModel:
         for name in self.names:
             log_det = transforms[name].log_abs_det_jacobian(free[name], values[name])
             terms[name] = terms[name] + jnp.sum(log_det)
+            if (hidden := _masks.hidden(sites[name]["fn"])) is not None:
+                # A density for what is masked out, where that of the model is flat.
+                terms[name] = terms[name] - jnp.sum(hidden.missing(free[name], values[name]))
         return terms
 
     def log_density(self, u: jax.Array) -> jax.Array:
@@ -154,8 +158,8 @@ def flat_model(
         owner: What an error calls the caller.
 
     Raises:
-        ValueError: If a latent site is discrete or masked, if there is none, or if a plate is
-            subsampled; the message names the site.
+        ValueError: If a latent site is discrete or masked and read, if there is none, or if a
+            plate is subsampled; the message names the site.
     """
     pair = Pair(model, model, args, kwargs)
     found: list[Sites] = []
@@ -171,6 +175,8 @@ def flat_model(
         raise ValueError("Expected at least one continuous latent site in the model; got none.")
     _checks.check_data(sample_sites(sites))
     _check_whole(sites, owner)
+    if any(_masks.is_masked(site["fn"]) for site in latent_sites(sites).values()):
+        _masks.check_unread(model, args, kwargs, owner)
     parts = [
         Part(name, shape, None if jax.tree.leaves(fn.support) else biject_to(fn.support))
         for (name, fn), shape in zip(
@@ -195,12 +201,6 @@ def _start(msg: Any, owner: str) -> Any:
             f"Expected continuous latent sites under {owner}; got site '{msg['name']}' with the "
             f"distribution {type(_checks.unwrapped(fn)).__name__}. Marginalise it: sum over its "
             "values in the model."
-        )
-    if any(mask is not True for mask in _checks.masks(fn)):
-        # Where it is masked the density is flat, and has no Normal.
-        raise ValueError(
-            f"Expected latent sites without a mask under {owner}; got site '{msg['name']}' with "
-            "one. Sample only what counts."
         )
     shape = fn.shape(msg["kwargs"].get("sample_shape", ()))
     transform = biject_to(fn.support)

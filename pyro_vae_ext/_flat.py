@@ -1,7 +1,8 @@
 """A model as the density of one vector of unconstrained numbers.
 
 The vector is that of ``AutoPosterior``: every latent site is unconstrained by ``biject_to`` and
-raveled, and the sites follow one another as in the model.
+raveled, and the sites follow one another as in the model. What is masked out of a latent site is a
+standard Normal in unconstrained space.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_vae_ext import _checks
+from pyro_vae_ext import _checks, _masks
 from pyro_vae_ext._record import Record, Sites, log_prob
 
 Values = dict[str, Tensor]
@@ -130,7 +131,11 @@ class FlatModel:
             transform = biject_to(msg["fn"].support)
             x = free[msg["name"]]
             value = transform(x)
-            log_dets[msg["name"]] = transform.log_abs_det_jacobian(x, value).sum()
+            log_det = transform.log_abs_det_jacobian(x, value).sum()
+            if (hidden := _masks.hidden(msg)) is not None:
+                # A density for what is masked out, where that of the model is flat.
+                log_det = log_det - hidden.missing(x, value).sum()
+            log_dets[msg["name"]] = log_det
             return value
 
         sites = _recorded(self._model, self._args, self._kwargs, place)
@@ -185,8 +190,8 @@ def flat_model(
         owner: What an error calls the caller.
 
     Raises:
-        ValueError: If a latent site is discrete or masked, if there is none, or if a plate is
-            subsampled; the message names the site.
+        ValueError: If a latent site is discrete or masked and read, if there is none, or if a
+            plate is subsampled; the message names the site.
     """
     given = _floats((*args, *kwargs.values()))
     likes: dict[str, Tensor] = {}
@@ -208,6 +213,8 @@ def flat_model(
         raise ValueError("Expected at least one continuous latent site in the model; got none.")
     _checks.check_data(sites)
     _check_whole(sites, owner)
+    if any(_masks.is_masked(sites[name]) for name in likes):
+        _masks.check_unread(model, args, kwargs, owner)
     parts = []
     for name, like in likes.items():
         transform = biject_to(sites[name]["fn"].support)
@@ -268,23 +275,13 @@ def _floats(values: Iterable[Any]) -> Tensor:
 
 
 def _check_site(msg: Any, owner: str) -> None:
-    """A latent site must have an unconstrained space, all of which counts."""
+    """A latent site must have an unconstrained space."""
     fn, name = msg["fn"], msg["name"]
     if fn.support.is_discrete:
         raise ValueError(
             f"Expected continuous latent sites under {owner}; got site '{name}' with the "
             f"distribution {_checks.distribution_name(fn)}. Marginalise it: sum over its values in "
             "the model."
-        )
-    masks = [msg["mask"]]
-    while hasattr(fn, "base_dist"):
-        masks.append(getattr(fn, "_mask", None))
-        fn = fn.base_dist
-    if any(mask is not None and mask is not True for mask in masks):
-        # Where it is masked the density is flat, and has no Normal.
-        raise ValueError(
-            f"Expected latent sites without a mask under {owner}; got site '{name}' with one. "
-            "Sample only what counts."
         )
 
 

@@ -163,3 +163,9 @@ def test_ends_that_are_none() -> None:
     assert few.reasons == ["max_iterations"] and list(few.steps) == [3]
     still = ascent(quadratic(np.ones(2), np.ones(2)), np.ones((1, 2)))
     assert still.reasons == ["converged"] and list(still.steps) == [0]
+
+
+def test_tiny_pair_is_no_warning() -> None:
+    """Rounding leaves nothing of it: the diagonal is not finite, and nothing is said."""
+    s, z = np.array([[-2.65709065e-32, -5.20923574e-44]]), np.array([[0.0, -1.06310933e-43]])
+    assert not np.isfinite(lbfgs.diagonal(np.full((1, 2), 0.49), s, z)).all()

@@ -2,7 +2,8 @@
 
 A latent site is unconstrained by ``biject_to``; unconstrained sites are concatenated to vectors,
 which a family draws at auxiliary sites. Every site of the model is then a ``Delta`` at its drawn
-value, in the plates of the model, whose log-density carries the Jacobian.
+value, in the plates of the model, whose log-density carries the Jacobian. Under a mask it has the
+model's mask, and a factor cancels what the family says of what is masked out.
 
 A guide may first be called under ``jit``, so nothing traced may stay in it. The host's prototype
 of the model, which is full of traced values, is made in a copy that is thrown away; names and
@@ -30,9 +31,11 @@ from numpyro.distributions import biject_to
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.util import constrain_fn, get_transforms
 
-from numpyro_vae_ext._checks import Plates, is_traced, masks, unwrapped
+from numpyro_vae_ext import _masks
+from numpyro_vae_ext._checks import Plates, is_traced, unwrapped
+from numpyro_vae_ext._record import Pair, Recorder
 from numpyro_vae_ext.guides._base import GuideFamily
-from numpyro_vae_ext.guides._hierarchy import built
+from numpyro_vae_ext.guides._hierarchy import built, reverse_factor
 
 AUXILIARY = {"is_auxiliary": True}
 
@@ -77,6 +80,7 @@ class Latents(NamedTuple):
         log_scales: Logarithms of what these were scaled by, of the sites where they were.
         plates: Plates that the sites are drawn in.
         rows: Rows of the plate that may be subsampled.
+        locs: Where unconstrained values that are masked out are put, of the sites not at 0.
     """
 
     sites: list[Site]
@@ -84,6 +88,7 @@ class Latents(NamedTuple):
     log_scales: Values
     plates: dict[str, Any]
     rows: Values
+    locs: Values = {}
 
 
 class FamilyGuide(AutoGuide):
@@ -96,6 +101,7 @@ class FamilyGuide(AutoGuide):
         self._names: frozenset[str] = frozenset()  # of the latent sites, once they are known
         self._has_arguments = False
         self._asks_model = False  # for supports that depend on something, or deterministic sites
+        self._has_masks = False
         self._first: tuple[Any, Any] | None = None  # arguments of the first call
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,6 +125,9 @@ class FamilyGuide(AutoGuide):
         else:
             values = self._asked(constrain_fn, drawn.rows, drawn.free, args, kwargs)
             transforms = self._asked(get_transforms, drawn.rows, values, args, kwargs)
+        hidden: dict[str, _masks.Hidden | None] = {}
+        if self._has_masks:
+            hidden = self._asked(_hidden, drawn.rows, values, args, kwargs)
         result = {}
         for site in drawn.sites:
             value, free = values[site.name], drawn.free[site.name]
@@ -132,6 +141,12 @@ class FamilyGuide(AutoGuide):
                 for plate in reversed(site.plates):
                     if plate.name in drawn.plates:
                         stack.enter_context(drawn.plates[plate.name])
+                if (masked := hidden.get(site.name)) is not None:
+                    rest = masked.missing(free, value, drawn.locs.get(site.name, 0.0))
+                    if masked.rows is not None:
+                        fn = fn.mask(masked.rows)
+                        rest = rest + jnp.where(masked.rows, 0.0, -log_det)
+                    reverse_factor(f"_{self.prefix}_{site.name}", -rest)
                 result[site.name] = numpyro.sample(site.name, fn)
         return result
 
@@ -169,7 +184,10 @@ class FamilyGuide(AutoGuide):
             raise ValueError("Expected at least one continuous latent site in the model; got none.")
         # In the model's order: that of `_init_locs` is another one under jit.
         sites = [_site(message, free[k]) for k, message in messages.items() if k in free]
+        self._has_masks = any(_masks.is_masked(messages[site.name]["fn"]) for site in sites)
         if not self._names:
+            if self._has_masks:
+                _masks.check_unread(self.model, args, kwargs, type(self).__name__)
             self._names = frozenset(free)
             self._remember(messages, sites, args, kwargs)
         return sites, dict(found[0]._prototype_frame_full_sizes)
@@ -217,13 +235,15 @@ def _initial_value(msg: Any, init: Callable[..., Any], guide: str) -> Any:
                 "host's TraceEnum_ELBO and hide it from this guide, or use an objective for "
                 "discrete latents."
             )
-        if any(mask is not True for mask in masks(msg["fn"])):
-            # The guide's density of what the model leaves out would count as evidence.
-            raise ValueError(
-                f"Expected latent sites without a mask under {guide}; got site '{msg['name']}' "
-                "with one. Sample only what counts, or write the guide by hand."
-            )
     return init(msg)
+
+
+def _hidden(
+    model: Model, args: Any, kwargs: Any, values: Values
+) -> dict[str, _masks.Hidden | None]:
+    """What masks leave out of the latent sites, at these values."""
+    sites = Recorder(Pair(model, model, args, kwargs), random.key(0), None).model(values, {})
+    return {name: _masks.hidden(sites[name]["fn"]) for name in values if name in sites}
 
 
 def _site(msg: Any, free: Any) -> Site:

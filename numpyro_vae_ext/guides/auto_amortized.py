@@ -43,6 +43,9 @@ class AutoAmortized(QueriedGuide):
     ``{prefix}_encoder`` and ``{prefix}_local_family`` and, with global latents, those of
     :class:`AutoPosterior`.
 
+    Masked latents are those of :class:`AutoPosterior`, local ones with :math:`m = 0`; the mask may
+    be another one at every call.
+
     Args:
         model: Program of NumPyro primitives.
         encoder: Function of the model's arguments that returns a context ``(rows, context_dim)``;
@@ -64,10 +67,11 @@ class AutoAmortized(QueriedGuide):
         rngs: Source of the initial weights, ``nnx.Rngs(0)`` if None.
 
     Raises:
-        ValueError: At a call, if a latent site is discrete or masked, if no latent site is inside
-            the plate, if one has another plate outside of it or a subsampled one inside, if a
-            global site is inside a subsampled plate, if ``start`` is of another model or there is
-            no global site for it, or if the rows of the context do not match the plate.
+        ValueError: At a call, if a latent site is discrete, or masked and something reads what the
+            mask hides, if no latent site is inside the plate, if one has another plate outside of
+            it or a subsampled one inside, if a global site is inside a subsampled plate, if
+            ``start`` is of another model or there is no global site for it, or if the rows of the
+            context do not match the plate.
         TypeError: If ``family`` or ``global_family`` builds no family.
 
     References:
@@ -158,7 +162,7 @@ class AutoAmortized(QueriedGuide):
         if wide is None:
             return here
         sites, free = wide.sites + here.sites, wide.free | here.free
-        return here._replace(sites=sites, free=free, log_scales=wide.log_scales)
+        return here._replace(sites=sites, free=free, log_scales=wide.log_scales, locs=wide.locs)
 
     def _local_sites(self, args: Any, kwargs: Any) -> list[Site]:
         """The local sites at these arguments, their plates told to the host."""

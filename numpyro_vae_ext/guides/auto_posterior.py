@@ -55,6 +55,11 @@ class AutoPosterior(TransportGuide):
     ``num_particles=1``. A support that depends on other sites is taken at their values in each
     draw.
 
+    A latent site under a mask (``mask``, ``obs_mask``) is there as well, if nothing reads what the
+    mask hides, which is looked at in the first call: that part is drawn from the family, gets the
+    law :math:`N(m, 1)` in unconstrained space, and changes neither the evidence nor the posterior
+    of the rest.
+
     Args:
         model: Program of NumPyro primitives.
         family: Function ``(latent_dim, context_dim) -> family`` such as a class of this package
@@ -71,9 +76,9 @@ class AutoPosterior(TransportGuide):
         rngs: Source of the initial weights, ``nnx.Rngs(0)`` if None.
 
     Raises:
-        ValueError: At the first call, if a latent site is discrete, masked, or inside a
-            subsampled plate, if there is none, if ``init_scale`` is not positive or of another
-            length, or if ``start`` is of another model.
+        ValueError: At the first call, if a latent site is discrete, inside a subsampled plate, or
+            masked and something reads what the mask hides, if there is none, if ``init_scale`` is
+            not positive or of another length, or if ``start`` is of another model.
         TypeError: If ``family`` builds no family.
 
     References:
@@ -136,8 +141,9 @@ class AutoPosterior(TransportGuide):
             # By site, its scale given the sites before it.
             log_scale = jnp.log(jnp.diagonal(lax.stop_gradient(place.scale_tril)))
             scales = dict(_split(self._sites, log_scale))
+        locs = dict(_split(self._sites, lax.stop_gradient(place.loc)))
         # In no plate, as in the host's joint guides: there is one weight for all rows anyway.
-        return Latents(self._sites, dict(_split(self._sites, vector)), scales, {}, {})
+        return Latents(self._sites, dict(_split(self._sites, vector)), scales, {}, {}, locs)
 
     def _prepare(self, args: Any, kwargs: Any) -> None:
         """Find the sites and build the family, at the first call."""

@@ -25,7 +25,7 @@ class Diagnosis(NamedTuple):
     """How good a fitted posterior is, by draws that the training has not seen.
 
     Attributes:
-        elbo: The bound, the mean of the log-weights.
+        elbo: The bound, the mean of the log-weights; minus infinity where one draw has no density.
         elbo_error: Its standard error.
         log_evidence: The log of the mean of the smoothed weights.
         log_evidence_error: Its standard error; NaN where k-hat is too large.
@@ -63,6 +63,9 @@ def diagnose(
 ) -> Diagnosis:
     """The numbers of some log-weights ``(S,)``, and the advice."""
     count = len(log_weights)
+    # Where the model has no density, a draw has no weight.
+    log_weights = np.where(np.isnan(log_weights), -np.inf, log_weights)
+    lost = int(np.isneginf(log_weights).sum())
     smoothed, khat = _psis.psis(log_weights)
     top = smoothed.max()
     weights = np.exp(smoothed - top)
@@ -71,7 +74,7 @@ def diagnose(
     error = math.sqrt(((share - 1) ** 2).sum() / (count * (count - 1.0)))
     found = Diagnosis(
         elbo=float(log_weights.mean()),
-        elbo_error=float(log_weights.std(ddof=1) / math.sqrt(count)),
+        elbo_error=math.nan if lost else float(log_weights.std(ddof=1) / math.sqrt(count)),
         log_evidence=float(np.log(weights.mean()) + top),
         log_evidence_error=error if khat < threshold else math.nan,
         khat=float(khat),
@@ -82,7 +85,12 @@ def diagnose(
         num_modes=num_modes,
         advice="",
     )
-    if num_modes > 1 and not tempered:
+    if lost:
+        advice = (
+            f"The model has no density at {lost} of {count} draws, so that the bound is infinite: "
+            "look for what overflows, or give the sites a support without a hole."
+        )
+    elif num_modes > 1 and not tempered:
         advice = (
             f"The paths ended at {num_modes} modes, of which the guide may hold one: fit with "
             "temper=True."

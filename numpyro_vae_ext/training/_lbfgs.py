@@ -42,11 +42,13 @@ def diagonal(alpha: np.ndarray, s: np.ndarray, z: np.ndarray) -> np.ndarray:
 
     ``s`` is a step and ``z`` what the gradient lost along it. The diagonal of the BFGS update of
     a diagonal matrix (Gilbert and Lemarechal 1989, eq. 4.9; Zhang et al. 2022, algorithm 3).
+    It is not finite where rounding leaves nothing of a tiny pair; callers keep the old one then.
     """
     a = (z * alpha * z).sum(-1, keepdims=True)
     b = (z * s).sum(-1, keepdims=True)
     c = (s / alpha * s).sum(-1, keepdims=True)
-    return 1 / (a / (b * alpha) + z**2 / b - a * (s / alpha) ** 2 / (b * c))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return 1 / (a / (b * alpha) + z**2 / b - a * (s / alpha) ** 2 / (b * c))
 
 
 def is_curved(s: np.ndarray, z: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 from jax import lax, random
+from jax.flatten_util import ravel_pytree
 from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.infer import SVI
@@ -33,12 +34,12 @@ LOOKED_AT, LONGEST = 1000, 10.0
 
 
 class State(NamedTuple):
-    """What a step changes; parameters are unconstrained."""
+    """What a step changes; parameters are unconstrained, and one vector: less to compile."""
 
     rng_key: jax.Array
-    params: Any
+    params: jax.Array
     optim: Any
-    mean: Any
+    mean: jax.Array
 
 
 class PosteriorTrainer:
@@ -79,12 +80,13 @@ class PosteriorTrainer:
         optim = optax.chain(optax.clip_by_global_norm(LONGEST), optax.scale_by_adam())
         one = jnp.ones((), flat.dtype)
         first = flat.compiled(lambda flat, key: self._svi.init(key, flat, one))(init_key)
-        params = self._svi.optim.get_params(first.optim_state)
-        self._state = State(step_key, params, optim.init(params), params)
+        params, unravel = ravel_pytree(self._svi.optim.get_params(first.optim_state))
         # Types as steps leave them, so that these are compiled once.
-        self._state = jax.tree.map(_strong, self._state)
-        self._steps = flat.compiled(_steps(self._svi, optim))
-        self._draws = flat.compiled(_draws(self._svi, pair, self._rows))
+        params = jnp.asarray(params, params.dtype)
+        self._state = State(step_key, params, optim.init(params), params)
+        self._named = lambda vector: self._svi.constrain_fn(unravel(vector))
+        self._steps = flat.compiled(_steps(self._svi, optim, self._named))
+        self._draws = flat.compiled(_draws(pair, self._named, self._rows))
 
     def advance(self, rate: float, powers: np.ndarray, shares: np.ndarray) -> np.ndarray:
         """Run a block of steps; return their bounds, NaN where a step was skipped."""
@@ -121,7 +123,7 @@ class PosteriorTrainer:
 
     def params(self) -> dict[str, Any]:
         """The mean parameters, as the guide takes them."""
-        return self._svi.constrain_fn(self._state.mean)
+        return self._named(self._state.mean)
 
 
 class _Whitened(NamedTuple):
@@ -153,28 +155,25 @@ class _Whitened(NamedTuple):
         return jnp.where(power < 1, power * whole + (1 - power) * start, whole)
 
 
-def _steps(svi: SVI, optim: Any) -> Callable[..., Any]:
+def _steps(svi: SVI, optim: Any, named: Callable[..., Any]) -> Callable[..., Any]:
     """A block of steps."""
 
     def step(flat: FlatModel, rate: jax.Array, state: State, now: Any) -> tuple[State, jax.Array]:
         power, share = now
         rng_key, key = random.split(state.rng_key)
 
-        def loss_of(params: Any) -> jax.Array:
-            return svi.loss.loss(key, svi.constrain_fn(params), svi.model, svi.guide, flat, power)
+        def loss_of(params: jax.Array) -> jax.Array:
+            return svi.loss.loss(key, named(params), svi.model, svi.guide, flat, power)
 
         loss, slope = jax.value_and_grad(loss_of)(state.params)
-        good = jnp.isfinite(loss)
-        for leaf in jax.tree.leaves(slope):
-            good &= jnp.isfinite(leaf).all()
-        updates, moments = optim.update(slope, state.optim, state.params)
-        params = jax.tree.map(lambda p, g: p - rate * g, state.params, updates)
+        good = jnp.isfinite(loss) & jnp.isfinite(slope).all()
+        direction, moments = optim.update(slope, state.optim, state.params)
         params, moments = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
-            (params, moments),
+            (state.params - rate * direction, moments),
             (state.params, state.optim),
         )
-        mean = jax.tree.map(lambda m, p: m + share * (p - m), state.mean, params)
+        mean = state.mean + share * (params - state.mean)
         return State(rng_key, params, moments, mean), jnp.where(good, -loss, jnp.nan)
 
     def run(
@@ -185,11 +184,11 @@ def _steps(svi: SVI, optim: Any) -> Callable[..., Any]:
     return run
 
 
-def _draws(svi: SVI, pair: _Whitened, rows: int) -> Callable[..., Any]:
+def _draws(pair: _Whitened, named: Callable[..., Any], rows: int) -> Callable[..., Any]:
     """Log-weights and points, one for every key."""
 
-    def run(flat: FlatModel, params: Any, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        known, one = svi.constrain_fn(params), jnp.ones((), flat.dtype)
+    def run(flat: FlatModel, params: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        known, one = named(params), jnp.ones((), flat.dtype)
 
         def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
             guide = handlers.seed(pair.guide, key)
@@ -200,7 +199,3 @@ def _draws(svi: SVI, pair: _Whitened, rows: int) -> Callable[..., Any]:
         return lax.map(draw, keys, batch_size=min(rows, LOOKED_AT))
 
     return run
-
-
-def _strong(x: Any) -> Any:
-    return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.asarray(x, x.dtype)

@@ -114,9 +114,9 @@ def pathfinder(
         The best Normal, those of all paths, their draws, and whether the paths have ended.
 
     Raises:
-        ValueError: If an argument is out of range, a latent site is discrete or masked, or there
-            is none, a plate is subsampled, or the density is finite at no start; the message
-            names the sites.
+        ValueError: If an argument is out of range, a latent site is discrete, or masked and
+            something reads what the mask hides, there is no latent site, a plate is subsampled, or
+            the density is finite at no start; the message names the sites.
         TypeError: If a count is no int.
 
     References:

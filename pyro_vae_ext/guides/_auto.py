@@ -2,7 +2,8 @@
 
 A latent site is unconstrained by ``biject_to``; unconstrained sites are concatenated to vectors,
 which a family draws at auxiliary sites. Every site of the model is then a ``Delta`` at its drawn
-value, in the plates of the model, whose log-density carries the Jacobian.
+value, in the plates of the model, whose log-density carries the Jacobian. Under a mask it has the
+model's mask, and a factor cancels what the family says of what is masked out.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, register_kl
 
+from pyro_vae_ext import _masks
 from pyro_vae_ext._checks import distribution_name
+from pyro_vae_ext._record import Record
+from pyro_vae_ext.guides._hierarchy import reverse_factor
 
 # What a copy shares with its original; none of it is changed in place.
 _SHARED = ("prototype_trace", "_prototype_frames", "_sites", "_found", "_names", "plates")
@@ -115,16 +119,6 @@ def _initial_value(init_loc_fn: Callable[..., Any], guide: str, site: Any) -> Te
             f"distribution {distribution_name(fn)}. Marginalise it with the host's TraceEnum_ELBO "
             "and hide it from this guide, or use an objective for discrete latents."
         )
-    masks = [site["mask"]]
-    while hasattr(fn, "base_dist"):
-        masks.append(getattr(fn, "_mask", None))
-        fn = fn.base_dist
-    if any(mask is not None and mask is not True for mask in masks):
-        # The guide's density of what the model leaves out would count as evidence.
-        raise ValueError(
-            f"Expected latent sites without a mask under {guide}; got site '{site['name']}' with "
-            "one. Sample only what counts, or write the guide by hand."
-        )
     return init_loc_fn(site)
 
 
@@ -153,6 +147,7 @@ class FamilyGuide(AutoGuide):
         self._model: Any = (started, model)
         self._names = names  # of the latent sites, once they are known
         self._has_arguments = False
+        self._has_masks = False
 
     @abstractmethod
     def _prepare(self, args: tuple, kwargs: dict) -> None:
@@ -169,6 +164,10 @@ class FamilyGuide(AutoGuide):
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             AutoGuide._setup_prototype(self, *args, **kwargs)
+        latents = [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
+        self._has_masks = any(map(_masks.is_masked, latents))
+        if self._has_masks:
+            _masks.check_unread(self._model[1], args, kwargs, type(self).__name__)
         if not self._names:
             # What was observed at the first call may be latent later, and is hidden then.
             self._names.update(self.prototype_trace.stochastic_nodes)
@@ -197,8 +196,16 @@ class FamilyGuide(AutoGuide):
         """Run the guide's statements with the arguments of the model; values by site."""
         self._prepare(args, kwargs)
         plates = self._create_plates(*args, **kwargs)
+        drawn: Any = self._latents(plates, args, kwargs)
+        hidden: dict[str, Any] = {}
+        locs: dict[str, Tensor] = {}
+        if self._has_masks:
+            # The masks may depend on any of the values.
+            drawn = list(drawn)
+            values = {site.name: site.transform(free) for site, free, _ in drawn}
+            hidden, locs = self._hidden(plates, values, args, kwargs), self._locs()
         result = {}
-        for site, unconstrained, missing in self._latents(plates, args, kwargs):
+        for site, unconstrained, missing in drawn:
             value = site.transform(unconstrained)
             log_det = site.transform.log_abs_det_jacobian(unconstrained, value)
             log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + site.event_dim)
@@ -206,8 +213,32 @@ class FamilyGuide(AutoGuide):
             with ExitStack() as stack:
                 for frame in site.frames:
                     stack.enter_context(plates[frame.name])
+                if (masked := hidden.get(site.name)) is not None:
+                    rest = masked.missing(unconstrained, value, locs.get(site.name, 0.0))
+                    if masked.rows is not None:
+                        rest = rest + fn.log_density.masked_fill(masked.rows, 0.0)
+                    reverse_factor(self._aux_name(site.name), -rest)
+                    if masked.rows is not None:
+                        stack.enter_context(poutine.mask(mask=masked.rows))
                 result[site.name] = pyro.sample(site.name, fn)
         return result
+
+    def _locs(self) -> dict[str, Tensor]:
+        """Where unconstrained values that are masked out are put, of the sites not at 0."""
+        return {}
+
+    @torch.no_grad()
+    def _hidden(
+        self, plates: dict[str, Any], values: dict[str, Tensor], args: tuple, kwargs: dict
+    ) -> dict[str, Any]:
+        """What masks leave out of the latent sites, at these values."""
+        rows = {name: plate.indices for name, plate in plates.items()}
+        # Without the handler that starts its sites.
+        model = poutine.block(self._model[1], hide_fn=partial(_is_foreign, self._names))
+        with poutine.block(), Record({**rows, **values}) as record:
+            model(*args, **kwargs)
+        sites = record.sites
+        return {name: _masks.hidden(sites[name], values[name]) for name in values if name in sites}
 
     def __getstate__(self) -> dict[str, Any]:
         # The host's drops the model and the master from the guide itself, too.

@@ -46,6 +46,9 @@ class AutoAmortized(QueriedGuide):
     ``state_dict``. The parameters are those of ``encoder``, of ``family`` and, with global
     latents, of ``global_guide``.
 
+    Masked latents are those of :class:`AutoPosterior`, local ones with :math:`m = 0`; the mask may
+    be another one at every call.
+
     Args:
         model: Program of Pyro primitives; ``plate`` is its outermost plate around local latents.
         encoder: Called with the arguments of the model inside the plate; returns one row of
@@ -65,10 +68,10 @@ class AutoAmortized(QueriedGuide):
             new ones, as in the host's AutoGuides.
 
     Raises:
-        ValueError: At a call, if a latent site is discrete or masked, if no latent site is in
-            ``plate``, if one has another plate outside of it or in it a subsampled one, if
-            ``start`` is of another model or there is no global site for it, or if the encoder's
-            rows are not those of the plate.
+        ValueError: At a call, if a latent site is discrete, or masked and something reads what the
+            mask hides, if no latent site is in ``plate``, if one has another plate outside of it or
+            in it a subsampled one, if ``start`` is of another model or there is no global site for
+            it, or if the encoder's rows are not those of the plate.
         TypeError: If ``family`` builds no guide family.
 
     References:
@@ -188,6 +191,9 @@ class AutoAmortized(QueriedGuide):
             vector = family(self._aux_name("local"), context, infer=dict(AUXILIARY))
         for site, value in split(self._sites, vector):
             yield site, value, 0.0
+
+    def _locs(self) -> dict[str, Tensor]:
+        return self.global_guide._locs() if self.global_guide.prototype_trace is not None else {}
 
     def _context(self, plate: Any, args: tuple, kwargs: dict) -> Tensor:
         """The encoder's rows that are drawn, at the plate's dimension."""

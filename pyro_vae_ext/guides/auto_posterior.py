@@ -49,6 +49,11 @@ class AutoPosterior(TransportGuide):
     site has its part of the other two log-determinants: its rows of the diagonal of :math:`A` are
     its scales given the sites before it.
 
+    A latent site under a mask (``mask``, ``obs_mask``) is there as well, if nothing reads what the
+    mask hides, which is looked at in the first call: that part is drawn from the family, gets the
+    law :math:`N(m, 1)` in unconstrained space, and changes neither the evidence nor the posterior
+    of the rest.
+
     The family is built at the first call: call the guide once before loading a ``state_dict``.
     The parameters are ``latent.loc`` and, with a start, ``latent.scale_tril`` (both without a
     gradient), those of ``latent.family`` and, but for :class:`MeanField`, ``latent.step.loc`` and
@@ -67,9 +72,9 @@ class AutoPosterior(TransportGuide):
             new ones, as in the host's AutoGuides.
 
     Raises:
-        ValueError: At the first call, if a latent site is discrete, masked, or in a subsampled
-            plate, if there is none, if ``init_scale`` is not positive or of another length, or if
-            ``start`` is of another model.
+        ValueError: At the first call, if a latent site is discrete, in a subsampled plate, or
+            masked and something reads what the mask hides, if there is none, if ``init_scale`` is
+            not positive or of another length, or if ``start`` is of another model.
         TypeError: If ``family`` builds no guide family.
 
     References:
@@ -169,6 +174,9 @@ class AutoPosterior(TransportGuide):
         parts = split(self._sites, log_scales)
         for (site, value), (_, log_scale) in zip(values, parts, strict=True):
             yield site, value, -sum_rightmost(log_scale, len(site.event))
+
+    def _locs(self) -> dict[str, Tensor]:
+        return {site.name: loc for site, loc in split(self._sites, self.latent.loc.detach())}
 
     def _posterior(self) -> tuple[GuideFamily | None, Any, Any]:
         if "latent" not in self._modules:

@@ -36,7 +36,7 @@ ENOUGH = 0.99
 # Standard deviations of the start that no posterior is away from it, or wide.
 ENDLESS = 1e4
 # Of the steps of a tempered fit, those on the way to the whole density, and the first power.
-TEMPERED, COLDEST = 0.3, 0.01
+TEMPERED, FLATTEST = 0.3, 0.01
 
 
 class Look(NamedTuple):
@@ -175,10 +175,10 @@ class Course:
         return np.concatenate(bounds)
 
     def _powers(self, steps: np.ndarray) -> np.ndarray:
-        """Of the model's density: in equal ratios up to 1."""
+        """Of the model's density: in equal steps up to 1."""
         if not self.warm:
             return np.ones(len(steps))
-        return COLDEST ** np.maximum(0.0, 1 - steps / self.warm)
+        return np.minimum(1.0, FLATTEST + (1 - FLATTEST) * steps / self.warm)
 
     def _check_proper(self, look: Look, gain: float) -> None:
         """Refuse a posterior whose bound grows without an end."""

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ from pyro_vae_ext.training._diagnosis import Diagnosis, count_modes, diagnose, p
 from pyro_vae_ext.training._posterior import PosteriorTrainer
 from pyro_vae_ext.training.pathfinder import pathfinder
 from pyro_vae_ext.training.posterior_history import PosteriorHistory
+
+# The default: two steps more than that of a guide for many data.
+FAMILY = partial(IAF, num_flows=4)
 
 
 class PosteriorResult(NamedTuple):
@@ -47,7 +51,7 @@ class PosteriorResult(NamedTuple):
 def fit_posterior(
     model: Callable[..., Any],
     *args: Any,
-    family: Callable[..., Any] = IAF,
+    family: Callable[..., Any] = FAMILY,
     num_steps: int = 10_000,
     num_particles: int = 64,
     learning_rates: float | Sequence[float] = (1e-2, 3e-3),
@@ -75,8 +79,9 @@ def fit_posterior(
 
     With ``temper=True`` the first 30 % of ``num_steps`` go from the start's Normal :math:`\pi_0`
     to the posterior, along :math:`\pi_0^{1 - \beta} p^\beta` with :math:`\beta` from 0.01 to 1 in
-    equal ratios, and the start is the Normal with the mean and covariance of the Normals of all
-    paths: several modes are then found that a start at one of them would miss.
+    equal steps, and the start is the Normal with the mean and covariance of the Normals of all
+    paths: several modes are then found that a start at one of them would miss. Which of two modes a
+    guide holds on to is partly chance; ``num_restarts=3`` keeps the best of three runs.
 
     A step without a finite bound and gradient changes nothing. Parameters of the model, as
     ``pyro.param`` makes them, stay at their present values: train those with ``SVI``.
@@ -85,7 +90,8 @@ def fit_posterior(
         model: Program of Pyro primitives without discrete latent sites. Random numbers are those of
             torch: the same ``pyro.set_rng_seed`` gives the same result.
         args: Positional arguments of the model.
-        family: As for ``AutoPosterior``.
+        family: As for ``AutoPosterior``; :class:`~pyro_vae_ext.guides.IAF` with four steps by
+            default.
         num_steps: The most steps; those of rates that lose the race come on top.
         num_particles: Draws of a step.
         learning_rates: Learning rates to race, or one of them; of rates that are as good the

@@ -712,8 +712,9 @@ def discrete(x: jax.Array) -> None:
 
 
 def masked(x: jax.Array) -> None:
-    with numpyro.plate("data", len(x)), numpyro.handlers.mask(mask=x[:, 0] > 0):
-        numpyro.sample("z", dist.Normal(0.0, 1.0))
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0).mask(jnp.arange(len(x)) > 0))
+        numpyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
 
 
 def within(inner: str, outer: str, **sizes: Any) -> Any:
@@ -754,8 +755,9 @@ ERRORS = {
     ),
     "mask": (
         lambda: AutoAmortized(masked, identity),
-        "Expected latent sites without a mask under AutoAmortized; got site 'z' with one. Sample "
-        "only what counts, or write the guide by hand.",
+        "Expected latent sites without a mask under AutoAmortized; got site 'z' with one, and site "
+        "'x', whose density reads what is masked out. Mask site 'x' there as well, or write the "
+        "guide by hand.",
     ),
     "subsample": (
         lambda: AutoPosterior(partial(models.conjugate, batch_size=3)),

@@ -204,8 +204,9 @@ def discrete() -> None:
 
 
 def masked() -> None:
-    with handlers.mask(mask=jnp.array([True, False])), numpyro.plate("rows", 2):
-        hidden()
+    with numpyro.plate("rows", 2):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0).mask(jnp.array([True, False])))
+        numpyro.sample("x", dist.Normal(z, 1.0), obs=0 * z)
 
 
 def subsampled() -> None:

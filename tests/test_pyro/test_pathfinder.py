@@ -204,8 +204,9 @@ def discrete() -> None:
 
 
 def masked() -> None:
-    with poutine.mask(mask=torch.tensor([True, False])), pyro.plate("rows", 2):
-        hidden()
+    with pyro.plate("rows", 2):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(torch.tensor([True, False])))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=0 * z)
 
 
 def subsampled() -> None:
