@@ -42,7 +42,7 @@ class State(NamedTuple):
 
     random: RandomState
     numbers: Tensor  # parameters, their mean, and Adam's two moments, (4, P)
-    num_taken: int
+    updates: int
     buffers: list[Tensor]
 
 
@@ -68,7 +68,7 @@ class PosteriorTrainer:
         self._params = self._pair.row()
         self._mean = self._params.clone()
         self._first, self._second = torch.zeros_like(self._mean), torch.zeros_like(self._mean)
-        self._num_taken = 0
+        self._count = 0
         self._params.requires_grad_()
         step_seed, self._look_seed = torch.randint(2**62, (2,), device="cpu").tolist()
         with _random(None):
@@ -91,14 +91,14 @@ class PosteriorTrainer:
         bound, norm = -loss.item(), torch.linalg.vector_norm(slope).item()
         if not (math.isfinite(bound) and math.isfinite(norm)):
             return math.nan
-        self._num_taken += 1
+        self._count += 1
         slope = slope * min(1.0, LONGEST / max(norm, LONGEST))
         one, two = DECAYS
         self._first.lerp_(slope, 1 - one)
         self._second.mul_(two).addcmul_(slope, slope, value=1 - two)
-        root = (self._second / (1 - two**self._num_taken)).sqrt_().add_(TINY)
+        root = (self._second / (1 - two**self._count)).sqrt_().add_(TINY)
         with torch.no_grad():
-            self._params.addcdiv_(self._first, root, value=-rate / (1 - one**self._num_taken))
+            self._params.addcdiv_(self._first, root, value=-rate / (1 - one**self._count))
         return bound
 
     def _loss_and_slope(self, power: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,11 +197,11 @@ class PosteriorTrainer:
         """A copy of everything."""
         numbers = torch.stack([self._params.detach(), self._mean, self._first, self._second])
         held = [torch.as_tensor(place.tensor).clone() for place in self._buffers]
-        return State(self._random, numbers, self._num_taken, held)
+        return State(self._random, numbers, self._count, held)
 
     def restore(self, saved: State) -> None:
         """Go back to a copy."""
-        self._random, self._num_taken = saved.random, saved.num_taken
+        self._random, self._count = saved.random, saved.updates
         with torch.no_grad():
             rows = (self._params, self._mean, self._first, self._second)
             for row, value in zip(rows, saved.numbers, strict=True):

@@ -135,7 +135,7 @@ def fit_posterior(
         >>> fitted = fit_posterior(model, x, family=MeanField, num_steps=400, learning_rates=0.01,
         ...                        progress_bar=False)
         >>> draws = fitted.guide.sample_posterior(sample_shape=(1000,))
-        >>> bool(abs(draws["loc"].mean() - 102) < 0.1), bool(fitted.diagnosis.khat < 0.7)
+        >>> bool(abs(draws["loc"].mean() - 102) < 0.1), bool(fitted.diagnosis.ess > 3000)
         (True, True)
     """
     rates = checked_rates(learning_rates)
