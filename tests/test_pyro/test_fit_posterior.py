@@ -162,7 +162,7 @@ def test_same_seed_same_result() -> None:
 def hole():
     """A density that is no number where about one step in twenty falls."""
     z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-    pyro.factor("hole", torch.where(z.abs() > 3.0, z.new_tensor(np.nan), 0.0 * z))
+    pyro.factor("hole", torch.where(z.abs() > 3.0, np.nan * z, 0.0 * z))
 
 
 def test_steps_without_a_density_change_nothing() -> None:
@@ -222,6 +222,20 @@ def test_bound_is_that_of_the_pair(family) -> None:
         weights = elbo.log_weights(regression, guide, *data())
     error = (look.log_weights.var() / 1000 + weights.var() / 4000) ** 0.5
     assert abs(look.log_weights.mean() - weights.mean()) < 4 * error
+
+
+@pytest.mark.usefixtures("exact")
+def test_power_is_that_of_the_model() -> None:
+    """A guide that is the start has a share of the bound that is the power."""
+    made, _ = trainer(regression, *data(), family=MeanField)
+    bounds = {}
+    start = made.save()
+    for power in (1.0, 0.3, 0.0):
+        made.restore(start)
+        bounds[power] = advance(made, power)[0]
+    assert bounds[1.0] == pytest.approx(closed_form()[2], abs=0.01)
+    assert bounds[0.3] == pytest.approx(0.3 * bounds[1.0], rel=1e-9)
+    assert bounds[0.0] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.usefixtures("exact")
