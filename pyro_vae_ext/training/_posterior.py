@@ -42,7 +42,7 @@ class State(NamedTuple):
 
     random: RandomState
     numbers: Tensor  # parameters, their mean, and Adam's two moments, (4, P)
-    count: int
+    updates: int
     buffers: list[Tensor]
 
 
@@ -201,7 +201,7 @@ class PosteriorTrainer:
 
     def restore(self, saved: State) -> None:
         """Go back to a copy."""
-        self._random, self._count = saved.random, saved.count
+        self._random, self._count = saved.random, saved.updates
         with torch.no_grad():
             rows = (self._params, self._mean, self._first, self._second)
             for row, value in zip(rows, saved.numbers, strict=True):
@@ -223,7 +223,7 @@ class _Whitened(torch.nn.Module):
         self.latent = owner.latent
         self._flat = flat
         fixed = (owner.latent.loc, owner.latent.scale_tril)
-        self._loc, self._scale_tril = (x.detach().to(flat.dtype) for x in fixed)
+        self._loc, self._scale_tril = (x.detach().to(flat.dtype) for x in fixed if x is not None)
         self._log_det = self._scale_tril.diagonal().log().sum()
         self._prior = dist.ImproperUniform(constraints.real_vector, (), (flat.size,))
         self._trained = {
