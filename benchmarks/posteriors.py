@@ -4,6 +4,7 @@
     python benchmarks/posteriors.py --backend pyro --data-dir posteriordb
     python benchmarks/posteriors.py --backend numpyro --data-dir posteriordb --methods hosts nuts
     python benchmarks/posteriors.py --backend numpyro --regression 10 20 35 100
+    python benchmarks/posteriors.py --backend numpyro --energies --family VGP --temper
 
 A row is a fit with all defaults: the worst error of a mean in the posterior's standard deviations,
 the worst ratio of standard deviations (always above 1), k-hat of 4,000 draws, the bound, steps,
@@ -12,7 +13,8 @@ importance resampling. `hosts` are NumPyro's AutoNormal, AutoMultivariateNormal,
 AutoBNAFNormal, 10,000 steps of Adam, 16 draws, at the better of 1e-2 and 1e-3 by
 the final loss; `nuts` is NUTS with 1,000 warmup steps and 1,000 draws. Data and draws are those
 that `examples/posterior_data.py` names. With `--regression` the rows are linear regressions whose
-evidence is known, by size, and the bound is given in nats below it.
+evidence is known, by size, with `--energies` the densities of `examples/targets.py`, and the bound
+is given in nats below the evidence.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import posterior_data
+import targets
 
 EVALUATED = 20_000
 
@@ -92,6 +95,18 @@ class NumPyro:
         def model(x, y):
             beta = numpyro.sample("beta", dist.Normal(jnp.zeros(x.shape[1]), 1.0).to_event(1))
             numpyro.sample("y", dist.Normal(x @ beta, 1.0).to_event(1), obs=y)
+
+        return model
+
+    def energy(self, target):
+        import jax.numpy as jnp
+        import numpyro
+        import numpyro.distributions as dist
+
+        def model():
+            prior = dist.ImproperUniform(dist.constraints.real_vector, (), (target.dim,))
+            z = numpyro.sample("z", prior)
+            numpyro.factor("energy", target.log_density(z, jnp))
 
         return model
 
@@ -171,6 +186,18 @@ class Pyro:
         given = {"MeanField": MeanField, "VGP": VGP, "Auxiliary": Auxiliary}
         return {"family": given[name]} if name in given else {}
 
+    def energy(self, target):
+        import pyro
+        import pyro.distributions as dist
+        import torch
+
+        def model():
+            prior = dist.ImproperUniform(dist.constraints.real_vector, (), (target.dim,))
+            z = pyro.sample("z", prior)
+            pyro.factor("energy", target.log_density(z, torch))
+
+        return model
+
     def linear(self):
         import pyro
         import pyro.distributions as dist
@@ -216,7 +243,22 @@ def main(args):
                 seed,
                 lambda draws, told, evidence=evidence: f"{evidence - told.elbo:.4f} nats below, ",
             )
-    for name in [] if args.regression else args.posteriors:
+    for name in targets.TARGETS if args.energies else ():
+        log_z, truth = targets.exact(name)
+        for seed in args.seeds:
+            show_fit(
+                name,
+                backend,
+                backend.energy(targets.TARGETS[name]),
+                (),
+                args,
+                seed,
+                lambda draws, told, name=name, log_z=log_z, truth=truth: (
+                    f"{log_z - told.elbo:.4f} nats below, {targets.TARGETS[name].what} "
+                    f"{targets.TARGETS[name].number(np.asarray(draws['z'])):.3f} ({truth:.3f}), "
+                ),
+            )
+    for name in [] if args.regression or args.energies else args.posteriors:
         arguments = posterior_data.arguments(name, args.data_dir)
         values, model = backend.values(arguments), backend.models[name]
         truth = posterior_data.reference(name, args.data_dir)
@@ -251,5 +293,6 @@ if __name__ == "__main__":
     parser.add_argument("--temper", action="store_true")
     parser.add_argument("--methods", nargs="+", default=["fit"])
     parser.add_argument("--posteriors", nargs="+", default=list(posterior_data.POSTERIORS))
+    parser.add_argument("--energies", action="store_true")
     parser.add_argument("--regression", type=int, nargs="*", default=[])
     main(parser.parse_args())

@@ -152,7 +152,9 @@ class AutoPosterior(TransportGuide):
             _check_whole(self._sites, full_sizes)
             self._set_up()
 
-    def _drawn_vector(self, args: Any, kwargs: Any, infer: Values) -> tuple[Place, jax.Array]:
+    def _drawn_vector(
+        self, args: Any, kwargs: Any, infer: dict[str, Any]
+    ) -> tuple[Place, jax.Array]:
         """Draw :math:`w`; where it is put."""
         family = nnx_module(f"{self.prefix}_family", self._family)
         place, step = self._placed(args, kwargs)

@@ -7,6 +7,7 @@ trained has :math:`w` for its only latent: the model is one factor, the guide th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,10 +22,10 @@ from jax.flatten_util import ravel_pytree
 from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.infer import SVI
-from numpyro.infer.util import log_density
 
 from numpyro_vae_ext import _trace
 from numpyro_vae_ext._flat import FlatModel
+from numpyro_vae_ext._record import Pair, log_probs
 from numpyro_vae_ext.elbos import ImportanceWeightedELBO
 from numpyro_vae_ext.guides import AutoPosterior
 from numpyro_vae_ext.training._course import Look
@@ -138,21 +139,20 @@ class _Whitened(NamedTuple):
         return f"_{self.owner.prefix}_latent"
 
     def model(self, flat: FlatModel, power: jax.Array) -> None:
-        w = numpyro.sample(
-            self.site, dist.ImproperUniform(constraints.real_vector, (), (flat.size,))
-        )
-        numpyro.factor("target", self.log_density(flat, w, power))
-
-    def guide(self, flat: FlatModel, power: jax.Array) -> None:
-        self.owner._drawn_vector(flat.pair.args, flat.pair.kwargs, {})
-
-    def log_density(self, flat: FlatModel, w: jax.Array, power: jax.Array) -> jax.Array:
+        """The density at ``w``, of the model and, for the rest, of the start."""
+        flat_prior = dist.ImproperUniform(constraints.real_vector, (), (flat.size,))
+        w = numpyro.sample(self.site, flat_prior)
         # In full precision also where a device's default is less, as the guide has it.
         u = self.loc + jnp.matmul(self.scale_tril, w, precision=lax.Precision.HIGHEST)
         with handlers.block():
             whole = flat.log_density(u) + jnp.log(jnp.diagonal(self.scale_tril)).sum()
-        start = dist.Normal(jnp.zeros_like(w), 1.0).log_prob(w).sum()
-        return jnp.where(power < 1, power * whole + (1 - power) * start, whole)
+        start = -0.5 * (w**2 + math.log(2 * math.pi)).sum()
+        mixed = power * whole + (1 - power) * start
+        numpyro.factor("target", jnp.where(power < 1, mixed, whole))
+
+    def guide(self, flat: FlatModel, power: jax.Array) -> None:
+        """Draw; the power changes nothing."""
+        self.owner._drawn_vector(flat.pair.args, flat.pair.kwargs, {})
 
 
 def _steps(svi: SVI, optim: Any, named: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,10 +191,13 @@ def _draws(pair: _Whitened, named: Callable[..., Any], rows: int) -> Callable[..
         known, one = named(params), jnp.ones((), flat.dtype)
 
         def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-            guide = handlers.seed(pair.guide, key)
-            log_q, trace = log_density(guide, (flat, one), {}, known)
-            w = trace[pair.site]["value"]
-            return pair.log_density(flat, w, one) - log_q, w
+            both = Pair(pair.model, pair.guide, (flat, one), {})
+            modelled, drawn = _trace.pair_sites(key, key, known, both)
+            log_p, log_q = (
+                jnp.stack([term.sum() for term in log_probs(sites).values()]).sum()
+                for sites in (modelled, drawn)
+            )
+            return log_p - log_q, drawn[pair.site]["value"]
 
         return lax.map(draw, keys, batch_size=min(rows, LOOKED_AT))
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,6 @@ from tqdm.auto import tqdm
 from numpyro_vae_ext._checks import positive_int
 from numpyro_vae_ext._flat import FlatModel, flat_model
 from numpyro_vae_ext.guides import IAF, AutoPosterior
-from numpyro_vae_ext.guides._located import Start
 from numpyro_vae_ext.training._course import Course, check_steps, checked_rates
 from numpyro_vae_ext.training._diagnosis import Diagnosis, count_modes, diagnose, pooled
 from numpyro_vae_ext.training._posterior import PosteriorTrainer
@@ -238,4 +238,5 @@ class _Run:
 
 def _wide(start: Any) -> Any:
     """The start, as wide as all paths that belong to the posterior."""
-    return Start(*pooled(start), start.sites)
+    loc, scale_tril = pooled(start)
+    return SimpleNamespace(loc=loc, scale_tril=scale_tril, sites=start.sites)

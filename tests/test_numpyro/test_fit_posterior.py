@@ -100,8 +100,6 @@ def test_same_key_same_result() -> None:
     jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
     assert one.diagnosis == two.diagnosis
     np.testing.assert_array_equal(one.history.step_elbos, two.history.step_elbos)
-    other = fit_posterior(random.key(1), normal, **options)
-    assert other.history.step_elbos[0] != one.history.step_elbos[0]
 
 
 def two_modes():
@@ -114,7 +112,7 @@ def two_modes():
 
 def test_tempering_finds_both_modes() -> None:
     """Half the draws at each; the start at one of them has but one, and is told so."""
-    options = {**QUICK, "num_steps": 3000, "family": partial(IAF, num_flows=4)}
+    options = {**QUICK, "num_steps": 3000, "family": partial(IAF, num_flows=4, hidden_dims=(16,))}
     found = fit_posterior(KEY, two_modes, temper=True, **options)
     draws = found.guide.sample_posterior(KEY, found.params, sample_shape=(4000,))["z"]
     assert 0.4 < (draws[:, 0] > 0).mean() < 0.6
@@ -127,9 +125,9 @@ def test_tempering_finds_both_modes() -> None:
 
 
 def test_restarts_keep_the_best() -> None:
-    found = fit_posterior(KEY, two_modes, num_restarts=3, family=MeanField, **QUICK)
+    found = fit_posterior(KEY, two_modes, num_restarts=2, family=MeanField, **QUICK)
     bounds = found.history.restarts
-    assert len(bounds) == 3
+    assert len(bounds) == 2
     assert max(found.history.elbo) == max(bounds) > min(bounds)
 
 
