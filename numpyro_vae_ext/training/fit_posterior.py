@@ -135,7 +135,7 @@ def fit_posterior(
         ...                        learning_rates=0.01, progress_bar=False)
         >>> draws = fitted.guide.sample_posterior(jax.random.key(1), fitted.params,
         ...                                       sample_shape=(1000,))
-        >>> bool(abs(draws["loc"].mean() - 102) < 0.1), bool(fitted.diagnosis.khat < 0.7)
+        >>> bool(abs(draws["loc"].mean() - 102) < 0.1), bool(fitted.diagnosis.ess > 3000)
         (True, True)
     """
     rates = checked_rates(learning_rates)
@@ -182,7 +182,7 @@ class _Run:
             )
         self._lap("pathfinder")
         self.start = start
-        begin = _wide(start) if temper else start
+        begin = _wide(start) if temper and hasattr(start, "locs") else start
         self.guide = AutoPosterior(pair.model, family, start=begin, rngs=nnx.Rngs(guide_key))
         self.trainer = PosteriorTrainer(train_key, flat, self.guide, begin, num_particles)
         self._flat = flat

@@ -179,7 +179,7 @@ class _Run:
             start = pathfinder(model, *args, progress_bar=progress_bar, **kwargs)
         self._lap("pathfinder")
         self.start = start
-        begin = _wide(start) if temper else start
+        begin = _wide(start) if temper and hasattr(start, "locs") else start
         self.guide = AutoPosterior(model, family, start=begin)
         with poutine.block(), self.guide._pyro_context:
             self._prefix = f"{self.guide._pyro_get_fullname('latent')}$$$"
