@@ -7,7 +7,7 @@
     python benchmarks/posteriors.py --backend numpyro --energies --family VGP --temper
 
 A row is a fit with all defaults: the worst error of a mean in the posterior's standard deviations,
-the worst ratio of standard deviations (always above 1), k-hat of 4,000 draws, the bound, steps,
+the worst ratio of standard deviations (always above 1), k-hat of 20,000 draws, the bound, steps,
 seconds by part and draws a second of race and training. `smoothed` are error and ratio after
 importance resampling. `hosts` are NumPyro's AutoNormal, AutoMultivariateNormal, AutoIAFNormal and
 AutoBNAFNormal, 10,000 steps of Adam, 16 draws, at the better of 1e-2 and 1e-3 by

@@ -58,7 +58,7 @@ def fit_posterior(
     start: Any = None,
     temper: bool = False,
     num_restarts: int = 1,
-    num_samples: int = 4000,
+    num_samples: int = 20_000,
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> PosteriorResult:
