@@ -39,7 +39,7 @@ class PosteriorResult(NamedTuple):
         start: What ``pathfinder`` returned, or the ``start`` that was given.
     """
 
-    guide: AutoPosterior
+    guide: Any
     params: dict[str, Any]
     history: PosteriorHistory
     diagnosis: Diagnosis

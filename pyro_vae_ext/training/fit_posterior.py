@@ -41,7 +41,7 @@ class PosteriorResult(NamedTuple):
         start: What ``pathfinder`` returned, or the ``start`` that was given.
     """
 
-    guide: AutoPosterior
+    guide: Any
     params: dict[str, Tensor]
     history: PosteriorHistory
     diagnosis: Diagnosis
