@@ -166,6 +166,31 @@ def test_improper_posterior_is_named() -> None:
         course(trainer).train(0.01)
 
 
+def test_far_from_the_start_is_not_improper() -> None:
+    """A bound that has come to its end is one, however far away; at the start of a stage too."""
+    trainer, history = Descent(away=5e4, decay=0.0, bound=lambda x: 0.0 * x), PosteriorHistory()
+    course(trainer, history).train(0.01)
+    assert history.stopped == "converged"
+
+
+def test_skipped_steps_do_not_hide_the_bound() -> None:
+    """What is shown of a block is the mean of the steps that were not skipped."""
+    shown: list[float] = []
+    trainer = Descent(away=0.0, bound=lambda x: 0.0 * x - 2.0)
+    advance = trainer.advance
+
+    def skipping(*given):
+        bounds = advance(*given)
+        bounds[0] = np.nan
+        return bounds
+
+    trainer.advance = skipping
+    run = course(trainer, num_steps=200)
+    run.on_block = lambda steps, elbo: shown.append(elbo)
+    run.train(0.01)
+    assert set(shown) == {-2.0}
+
+
 def test_no_bound_at_all() -> None:
     trainer = Descent(bound=lambda x: -np.inf + 0 * x)
     message = "Expected a bound that is finite; got none in "

@@ -144,7 +144,7 @@ class Course:
         """One learning rate; whether it ended before ``end``."""
         before: Look | None = None
         top, idle = -math.inf, 0
-        while self.steps + self.window <= max(end, self.window):
+        while self.steps + self.window <= end:
             self.history.add_steps(self._run(rate, self.window))
             self.steps += self.window
             look = self.trainer.look()
@@ -152,7 +152,7 @@ class Course:
             self.history.add_look(self.steps, rate, elbo)
             if self.steps < self.warm + self.window:
                 continue  # Another density than the model's.
-            self._check_proper(look, elbo - top)
+            self._check_proper(look, elbo)
             if elbo > self.best_elbo:
                 self.best, self.best_elbo = self.trainer.save(), elbo
             elif not elbo > self.best_elbo - DIVERGED:
@@ -171,7 +171,8 @@ class Course:
             at = np.arange(start, start + BLOCK)
             bounds.append(self.trainer.advance(rate, self._powers(self.steps + at), 1 / (at + 1)))
             self.steps_in_all += BLOCK
-            self.on_block(self.steps + start + BLOCK, _mean(bounds[-1]))
+            shown = bounds[-1][np.isfinite(bounds[-1])]
+            self.on_block(self.steps + start + BLOCK, shown.mean() if len(shown) else -math.inf)
         return np.concatenate(bounds)
 
     def _powers(self, steps: np.ndarray) -> np.ndarray:
@@ -180,12 +181,14 @@ class Course:
             return np.ones(len(steps))
         return np.minimum(1.0, FLATTEST + (1 - FLATTEST) * steps / self.warm)
 
-    def _check_proper(self, look: Look, gain: float) -> None:
+    def _check_proper(self, look: Look, elbo: float) -> None:
         """Refuse a posterior whose bound grows without an end."""
         with np.errstate(over="ignore", invalid="ignore"):
             spread = np.maximum(np.abs(look.points.mean(0)), look.points.std(0))
         far = int(np.argmax(np.where(np.isfinite(spread), spread, np.inf)))
-        if gain > NATS and not spread[far] < ENDLESS:
+        # A posterior that is merely far from its start has a bound that comes to an end.
+        grows = elbo > self.best_elbo + NATS and self.best_elbo > -math.inf
+        if grows and not spread[far] < ENDLESS:
             raise ValueError(
                 "Expected a proper posterior; got a bound that grows without an end along site "
                 f"'{self.where(far)}'. Give it a proper prior, or look for a mode at infinity."
