@@ -9,6 +9,7 @@
 #   make bench          benchmarks: one JSON and docs/benchmark_results.md (ARGS="--quick": minutes)
 #   make wheel          the wheel, under dist/
 #   make test-numpyro PYTHON=python3.12     the NumPyro half alone: no torch, ArviZ 1.x
+#                       (ARGS=--cases=2: two cases of every test function, in half the time)
 #   make clean          remove what the targets made, environments included
 
 SHELL := bash

@@ -34,6 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--dtype", default="float64", choices=("float64", "float32"), help="default: float64"
     )
+    group.addoption(
+        "--cases",
+        type=int,
+        help="run at most so many cases of every test function, the first and the last among them",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,6 +50,20 @@ def pytest_configure(config: pytest.Config) -> None:
         given = os.environ.get("XLA_FLAGS", "")
         if QUICK_COMPILATION not in given:
             os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} {given}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    most = config.getoption("--cases")
+    if most is None:
+        return
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        functions.setdefault(item.nodeid.split("[")[0], []).append(item)
+    kept = set()
+    for cases in functions.values():
+        kept |= {cases[round(i)] for i in np.linspace(0, len(cases) - 1, min(most, len(cases)))}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
