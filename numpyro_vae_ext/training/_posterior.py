@@ -28,7 +28,7 @@ from numpyro_vae_ext._flat import FlatModel
 from numpyro_vae_ext._record import Pair, log_probs
 from numpyro_vae_ext.elbos import ImportanceWeightedELBO
 from numpyro_vae_ext.guides import AutoPosterior
-from numpyro_vae_ext.training._course import Look
+from numpyro_vae_ext.training._course import BLOCK, Look
 
 # Draws of a look, and the norm that a gradient is shortened to.
 LOOKED_AT, LONGEST = 1000, 10.0
@@ -88,6 +88,11 @@ class PosteriorTrainer:
         self._named = lambda vector: self._svi.constrain_fn(unravel(vector))
         self._steps = flat.compiled(_steps(self._svi, optim, self._named))
         self._draws = flat.compiled(_draws(pair, self._named, self._rows))
+        # A block that is thrown away: what is compiled is compiled here, and not in the race.
+        before = self.save()
+        self.advance(0.0, np.ones(BLOCK), np.zeros(BLOCK))
+        self.look()
+        self.restore(before)
 
     def advance(self, rate: float, powers: np.ndarray, shares: np.ndarray) -> np.ndarray:
         """Run a block of steps; return their bounds, NaN where a step was skipped."""

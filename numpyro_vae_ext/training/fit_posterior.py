@@ -185,6 +185,7 @@ class _Run:
         begin = _wide(start) if temper and hasattr(start, "locs") else start
         self.guide = AutoPosterior(pair.model, family, start=begin, rngs=nnx.Rngs(guide_key))
         self.trainer = PosteriorTrainer(train_key, flat, self.guide, begin, num_particles)
+        self._lap("compilation")
         self._flat = flat
 
     def train(self, num_steps: int, rates: tuple[float, ...], bar: Any) -> None:

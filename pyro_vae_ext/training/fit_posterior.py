@@ -186,6 +186,7 @@ class _Run:
             with _without(self._prefix):
                 self.guide._prepare(args, kwargs)
         self.trainer = PosteriorTrainer(flat, self.guide, num_particles)
+        self._lap("compilation")
         self._flat = flat
 
     def train(self, num_steps: int, rates: tuple[float, ...], bar: Any) -> None:

@@ -20,8 +20,8 @@ class PosteriorHistory:
         race: By learning rate of the race, the bound that it came to.
         stopped: What ended the run: ``"converged"`` or ``"num_steps"``; None before its end.
         restarts: Bounds of all runs, this one included; one number per restart.
-        seconds: Seconds by part: ``"pathfinder"``, ``"race"``, ``"training"`` and
-            ``"diagnosis"``, compilation included.
+        seconds: Seconds by part: ``"pathfinder"``, its own compilation included,
+            ``"compilation"`` of the steps, ``"race"``, ``"training"`` and ``"diagnosis"``.
         num_draws: Draws of all steps.
 
     Example:

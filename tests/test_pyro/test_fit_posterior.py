@@ -84,7 +84,7 @@ def test_regression_is_fitted(fitted) -> None:
     np.testing.assert_allclose((draws.mean(0) - mean) / scale, 0, atol=0.05)
     np.testing.assert_allclose(draws.std(0) / scale, 1, atol=0.05)
     history = fitted.history
-    assert set(history.seconds) == {"pathfinder", "race", "training", "diagnosis"}
+    assert set(history.seconds) == {"pathfinder", "compilation", "race", "training", "diagnosis"}
     assert history.num_draws == 64 * len(history.step_elbos)
     assert history.restarts == [max(history.elbo)]
 
