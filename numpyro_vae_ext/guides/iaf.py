@@ -31,7 +31,7 @@ class IAF(DirectFamily):
 
     .. math::
         \text{affine:}\quad z_t = e^{a_t} \odot z_{t-1} + m_t,
-        \qquad a_t = b \tanh(s_t / b), \quad b = \min(1.5, 6 / T)
+        \qquad a_t = b \tanh(s_t / b), \quad b = \min(3, 12 / T)
 
     .. math::
         \text{gated:}\quad z_t = e^{b} g_t \odot z_{t-1} + (1 - g_t) \odot m_t,
@@ -41,7 +41,7 @@ class IAF(DirectFamily):
         \log q(z_T \mid c) = \log \mathcal N(\varepsilon; 0, I) - \sum_i \log \sigma_{0,i}
         - \sum_t \sum_i a_{t,i}
 
-    All steps together scale by :math:`e^{-6}` to :math:`e^6` at most, so that no training makes
+    All steps together scale by :math:`e^{-12}` to :math:`e^{12}` at most: no training makes
     them nearly singular. The gate is that of the paper with its shrinkage taken out: what it
     keeps of :math:`z` is scaled up by :math:`e^b`, or else the base would have to grow against
     it, and path gradients with it. The order of the features is reversed from step to step. A

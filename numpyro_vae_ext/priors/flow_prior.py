@@ -25,10 +25,10 @@ class FlowPrior(nnx.Module):
     .. math::
         u_0 = z, \qquad (m_t, s_t) = \mathrm{net}_t(u_{t-1}), \qquad
         u_t = (u_{t-1} - m_t) \odot e^{-a_t}, \qquad u_T \sim N(0, I), \\
-        a_t = b \tanh(s_t / b), \qquad b = \min(1.5, 6 / T),
+        a_t = b \tanh(s_t / b), \qquad b = \min(3, 12 / T),
 
     where every net is autoregressive and the order is reversed from one step to the next. All
-    steps together scale by :math:`e^{-6}` to :math:`e^6` at most, so that no training makes them
+    steps together scale by :math:`e^{-12}` to :math:`e^{12}` at most: no training makes them
     nearly singular. A density is one parallel pass a step,
 
     .. math:: \log p(z) = \log N(u_T; 0, I) - \sum_t \sum_i a_{t,i}.

@@ -25,10 +25,10 @@ class IAF(DirectFamily):
         z_0 = \mu_0(c) + \sigma_0(c) \odot \epsilon, \qquad
         z_t = e^{a_t} \odot z_{t-1} + m_t, \qquad
         (m_t, s_t) = \mathrm{net}_t(z_{t-1}, c), \quad
-        a_t = b \tanh(s_t / b), \quad b = \min(1.5, 6 / T),
+        a_t = b \tanh(s_t / b), \quad b = \min(3, 12 / T),
 
     where every net is autoregressive in :math:`z_{t-1}` and the order is reversed from one step to
-    the next. All steps together scale by :math:`e^{-6}` to :math:`e^6` at most, so that no
+    the next. All steps together scale by :math:`e^{-12}` to :math:`e^{12}` at most, so that no
     training makes them nearly singular. ``update="gated"`` takes
 
     .. math::

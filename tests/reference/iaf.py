@@ -4,7 +4,7 @@
 natural order of the features at even steps and in the reversed order at odd ones:
 
 - affine: `z_t = sigma_t z_{t-1} + m_t` with `sigma_t = exp(b tanh(s_t / b))` and
-  `b = min(1.5, 6 / T)`;
+  `b = min(3, 12 / T)`;
 - gated: `z_t = sigma_t z_{t-1} + (1 - g_t) m_t` with the same `sigma_t` and `g_t = sigma_t e^-b`.
 
 The inverse below solves one coordinate at a time, in the order of the step, and shares
@@ -40,7 +40,7 @@ def _order(step, features):
 
 def log_scale_bound(num_flows):
     """What bounds the log-scales of a step: 1.5, and 6 for all steps together."""
-    return min(1.5, 6.0 / num_flows)
+    return min(3.0, 12.0 / num_flows)
 
 
 def _shift_and_log_scale(z, nets, context, step, update, activation):
