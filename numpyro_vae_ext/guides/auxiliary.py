@@ -21,6 +21,7 @@ from numpyro_vae_ext.guides._hierarchy import (
     keys_for,
     reverse_factor,
 )
+from numpyro_vae_ext.guides._tied import TiedNormal
 from numpyro_vae_ext.guides.mean_field import MeanField
 
 
@@ -37,6 +38,10 @@ class Auxiliary(GuideFamily):
     :math:`E\, KL(q(a \mid z, c) \,\|\, r(a \mid z, c))`. The statement has the sites
     ``{name}_aux`` (auxiliary), ``{name}``, and the factor ``{name}_reverse``,
     :math:`-\log r`.
+
+    Where :math:`q(z \mid a, c)` and :math:`r` are the default networks, :math:`z_i` starts with
+    half of its variance from :math:`a_i`, and :math:`r` as the exact reverse of that: without a
+    correlation to start from, the two parts would wait for one another.
 
     Each part is a family. A part is given by a function ``(latent_dim, context_dim) -> family``,
     a class such as ``IAF`` or a ``functools.partial`` of one, that takes ``rngs`` and
@@ -99,14 +104,20 @@ class Auxiliary(GuideFamily):
         default = partial(MeanField, hidden_dims=hidden_dims, activation=activation)
         # Without a context there is nothing for hidden layers to see.
         first = MeanField if context_dim is None else default
+        latent, reverse = default, default
+        if latent_family is None and reverse_family is None:
+            # Either is the other's exact reverse at the start.
+            tied = partial(TiedNormal, hidden_dims=hidden_dims, activation=activation)
+            latent = partial(tied, num_followed=self.aux_dim)
+            reverse = partial(tied, num_followed=latent_dim)
         width = context_dim or 0
         options = (rngs, param_dtype_or_default(param_dtype))
         self.aux = built("aux_family", aux_family or first, self.aux_dim, context_dim, *options)
         self.conditional = built_direct(
-            "latent_family", latent_family or default, latent_dim, self.aux_dim + width, *options
+            "latent_family", latent_family or latent, latent_dim, self.aux_dim + width, *options
         )
         self.reverse = built_direct(
-            "reverse_family", reverse_family or default, self.aux_dim, latent_dim + width, *options
+            "reverse_family", reverse_family or reverse, self.aux_dim, latent_dim + width, *options
         )
 
     def _sample(self, name: str, context: Any, infer: Any) -> jax.Array:

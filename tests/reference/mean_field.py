@@ -23,7 +23,8 @@ def heads(weights, context=None, activation="elu"):
     Args:
         weights: arrays named as in a PyTorch state dict: `loc` and `log_scale` for the
             global posterior; `trunk.<l>.{weight,bias}`, `loc.{weight,bias}` and
-            `log_scale.{weight,bias}` (matrices of shape `(out, in)`) with a context.
+            `log_scale.{weight,bias}` (matrices of shape `(out, in)`) with a context, and
+            `tie.weight` where there is one.
         context: `(*batch, context_dim)` or `None`.
         activation: activation of the trunk.
     """
@@ -36,6 +37,9 @@ def heads(weights, context=None, activation="elu"):
         hidden = act(hidden @ weights[f"trunk.{layer}.weight"].T + weights[f"trunk.{layer}.bias"])
         layer += 1
     loc, raw = (hidden @ weights[f"{head}.weight"].T for head in ("loc", "log_scale"))
+    if "tie.weight" in weights:  # A part of `Auxiliary` that follows the first numbers it is given.
+        followed = weights["tie.weight"].shape[1]
+        loc = loc + np.asarray(context)[..., :followed] @ weights["tie.weight"].T
     return loc + weights["loc.bias"], bounded(raw) + weights["log_scale.bias"]
 
 
