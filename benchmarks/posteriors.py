@@ -2,14 +2,15 @@
 
     python benchmarks/posteriors.py --backend numpyro --data-dir posteriordb --seeds 0 1 2 3 4
     python benchmarks/posteriors.py --backend pyro --data-dir posteriordb
-    python benchmarks/posteriors.py --backend numpyro --data-dir posteriordb --methods hosts nuts
+    python benchmarks/posteriors.py --data-dir posteriordb --methods pathfinder hosts nuts
     python benchmarks/posteriors.py --backend numpyro --regression 10 20 35 100
     python benchmarks/posteriors.py --backend numpyro --energies --family VGP --temper
 
 A row is a fit with all defaults: the worst error of a mean in the posterior's standard deviations,
 the worst ratio of standard deviations (always above 1), k-hat of 20,000 draws, the bound, steps,
 seconds by part and draws a second of race and training. `smoothed` are error and ratio after
-importance resampling. `hosts` are NumPyro's AutoNormal, AutoMultivariateNormal, AutoIAFNormal and
+importance resampling. `pathfinder` is `training.pathfinder` alone, its 4,000 resampled draws;
+`hosts` are NumPyro's AutoNormal, AutoMultivariateNormal, AutoIAFNormal and
 AutoBNAFNormal, 10,000 steps of Adam, 16 draws, at the better of 1e-2 and 1e-3 by
 the final loss; `nuts` is NUTS with 1,000 warmup steps and 1,000 draws. Data and draws are those
 that `examples/posterior_data.py` names. With `--regression` the rows are linear regressions whose
@@ -132,6 +133,17 @@ class NumPyro:
                     )
                     best = (loss, draws, seconds)
             yield f"Auto{name}", *best
+
+    def pathfinder(self, model, values, seed):
+        """Result and seconds of Pathfinder alone."""
+        import jax
+
+        from numpyro_vae_ext.training import pathfinder
+
+        before = time.perf_counter()
+        options = {"num_samples": 4000, "progress_bar": False}
+        found = pathfinder(jax.random.key(seed), model, *values, **options)
+        return found, time.perf_counter() - before
 
     def nuts(self, model, values, seed):
         """Draws and seconds, with and without compilation."""
@@ -271,6 +283,10 @@ def main(args):
         for seed in args.seeds:
             if "fit" in args.methods:
                 show_fit(name, backend, model, values, args, seed, compare)
+            if "pathfinder" in args.methods:
+                found, seconds = backend.pathfinder(model, values, seed)
+                told = f"k-hat {found.khat:.2f}, bound {found.elbo:.3f}, {seconds:.1f} s"
+                print(f"{name:22s} Pathfinder, resampled {compare(found.resampled)}{told}")
             if "hosts" in args.methods:
                 for label, loss, draws, seconds in backend.hosts(model, values, seed):
                     print(

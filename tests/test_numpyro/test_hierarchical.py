@@ -667,3 +667,21 @@ def test_data_far_from_the_start(name: str) -> None:
     losses = svi.run(jax.random.key(0), 60, progress_bar=False).losses
     assert jnp.isfinite(losses).all()
     assert losses[-10:].mean() < losses[0]
+
+
+@pytest.mark.parametrize(("latent_dim", "aux_dim"), [(3, 2), (2, 3)])
+def test_default_parts_start_as_exact_reverses(latent_dim: int, aux_dim: int) -> None:
+    """Without its small heads the start is a standard Normal, whose bound is exact."""
+    posterior = guides.Auxiliary(latent_dim, aux_dim=aux_dim, rngs=nnx.Rngs(0))
+    for part in (posterior.conditional, posterior.reverse):
+        for head in (part.loc, part.log_scale):
+            head.kernel[...] = jnp.zeros_like(head.kernel[...])
+    both = min(latent_dim, aux_dim)
+    for key in KEYS[:5]:
+        sites = trace(seed(lambda: posterior("z"), key)).get_trace()
+        log_q = sum(site["fn"].log_prob(site["value"]).sum() for site in sites.values())
+        a, z = sites["z_aux"]["value"], sites["z"]["value"]
+        exact = dist.Normal(0.0, 1.0).log_prob(z).sum()
+        np.testing.assert_allclose(log_q, exact, rtol=1e-5)
+        mean = posterior.conditional.distribution(a).mean
+        np.testing.assert_allclose(mean[:both], math.sqrt(0.5) * a[:both], rtol=1e-5)

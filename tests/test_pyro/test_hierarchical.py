@@ -477,3 +477,20 @@ def test_data_far_from_the_start(name: str) -> None:
     found = torch.stack(losses).detach()
     assert found.isfinite().all()
     assert found[-10:].mean() < found[0]
+
+
+@pytest.mark.parametrize(("latent_dim", "aux_dim"), [(3, 2), (2, 3)])
+def test_default_parts_start_as_exact_reverses(latent_dim: int, aux_dim: int) -> None:
+    """Without its small heads the start is a standard Normal, whose bound is exact."""
+    posterior = guides.Auxiliary(latent_dim, aux_dim=aux_dim)
+    for part in (posterior.conditional, posterior.reverse):
+        for head in (part.loc, part.log_scale):
+            head.weight.data.zero_()
+    both = min(latent_dim, aux_dim)
+    for _ in range(5):
+        sites = pyro.poutine.trace(lambda: posterior("z")).get_trace()
+        a, z = sites.nodes["z_aux"]["value"], sites.nodes["z"]["value"]
+        exact = dist.Normal(torch.zeros_like(z), 1.0).log_prob(z).sum()
+        torch.testing.assert_close(sites.log_prob_sum(), exact)
+        mean = posterior.conditional.distribution(a).mean
+        torch.testing.assert_close(mean[:both], math.sqrt(0.5) * a[:both])
