@@ -255,7 +255,7 @@ def main(args):
                 seed,
                 lambda draws, told, evidence=evidence: f"{evidence - told.elbo:.4f} nats below, ",
             )
-    for name in targets.TARGETS if args.energies else ():
+    for name in () if args.energies is None else args.energies or targets.TARGETS:
         log_z, truth = targets.exact(name)
         for seed in args.seeds:
             show_fit(
@@ -270,7 +270,7 @@ def main(args):
                     f"{targets.TARGETS[name].number(np.asarray(draws['z'])):.3f} ({truth:.3f}), "
                 ),
             )
-    for name in [] if args.regression or args.energies else args.posteriors:
+    for name in [] if args.regression or args.energies is not None else args.posteriors:
         arguments = posterior_data.arguments(name, args.data_dir)
         values, model = backend.values(arguments), backend.models[name]
         truth = posterior_data.reference(name, args.data_dir)
@@ -309,6 +309,6 @@ if __name__ == "__main__":
     parser.add_argument("--temper", action="store_true")
     parser.add_argument("--methods", nargs="+", default=["fit"])
     parser.add_argument("--posteriors", nargs="+", default=list(posterior_data.POSTERIORS))
-    parser.add_argument("--energies", action="store_true")
+    parser.add_argument("--energies", nargs="*", choices=list(targets.TARGETS), metavar="TARGET")
     parser.add_argument("--regression", type=int, nargs="*", default=[])
     main(parser.parse_args())
