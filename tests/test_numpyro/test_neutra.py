@@ -162,11 +162,11 @@ def test_nuts_on_the_funnel() -> None:
             numpyro.sample("x", dist.Normal(0.0, jnp.exp(v / 2)))
 
     guide = AutoPosterior(funnel, partial(IAF, hidden_dims=(16,)), init_scale=1.0)
-    elbo = ImportanceWeightedELBO(8, gradient="dreg")
-    svi = SVI(funnel, guide, numpyro.optim.Adam(1e-2), elbo)
-    params = svi.run(KEY, 1500, progress_bar=False).params
+    elbo = ImportanceWeightedELBO(num_outer=16, gradient="stl")
+    svi = SVI(funnel, guide, numpyro.optim.Adam(3e-3), elbo)
+    params = svi.run(KEY, 3000, progress_bar=False).params
     neutra = NeuTraReparam(guide, params)
-    mcmc = MCMC(NUTS(neutra.reparam(funnel)), num_warmup=200, num_samples=1000, progress_bar=False)
+    mcmc = MCMC(NUTS(neutra.reparam(funnel)), num_warmup=300, num_samples=2000, progress_bar=False)
     mcmc.run(KEY)
     draws = neutra.transform_sample(mcmc.get_samples()["auto_shared_latent"])
     assert abs(draws["v"].mean()) < 0.8
