@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--cases",
         type=int,
-        help="run at most so many cases of every test function, the first and the last among them",
+        help="run at most so many cases of every test function, evenly spread",
     )
 
 
