@@ -39,7 +39,7 @@ def _order(step, features):
 
 
 def log_scale_bound(num_flows):
-    """What bounds the log-scales of a step: 1.5, and 6 for all steps together."""
+    """What bounds the log-scales of a step: 3, and 12 for all steps together."""
     return min(3.0, 12.0 / num_flows)
 
 
