@@ -60,6 +60,8 @@ class NumPyro:
         import jax
         import posterior_models_numpyro
 
+        import numpyro_vae_ext  # noqa: F401  (before JAX computes: it asks for threads)
+
         jax.config.update("jax_enable_x64", True)
         self.models = posterior_models_numpyro.MODELS
         self.device = jax.devices()[0].device_kind

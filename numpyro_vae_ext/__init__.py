@@ -11,6 +11,7 @@ The subpackages are :mod:`~numpyro_vae_ext.guides` (guide families),
 """
 
 from numpyro_vae_ext import (
+    _threads,  # noqa: F401  (before the first computation)
     diagnostics,
     distributions,
     elbos,

@@ -32,13 +32,13 @@ OWN_ARGUMENTS = {
     },
 }
 # What one host has to do by itself: in Pyro tracing, updates and the undoing of steps, in NumPyro
-# programs of many steps.
+# programs of many steps, and the threads of JAX.
 OWN_FILES = {
     PYRO: {
         f"training/_{name}.py"
         for name in ("effects", "graph", "products", "state", "steps", "update")
     },
-    NUMPYRO: {"training/_feeds.py"},
+    NUMPYRO: {"_threads.py", "training/_feeds.py"},
 }
 # Files that know neither torch nor JAX: one text in both packages, which is tested once.
 SAME_FILES = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from numpyro.infer import SVI
 from test_numpyro import models
 from test_numpyro.models import family, normal
 
+from numpyro_vae_ext._threads import ask_for_enough
 from numpyro_vae_ext.elbos import ImportanceWeightedELBO, TraceNVIL_ELBO
 from numpyro_vae_ext.training import CompiledSVI, compile
 
@@ -137,3 +140,41 @@ def test_run_is_the_hosts() -> None:
     svi, x = scaled()[0], jnp.zeros(())
     losses = compile(svi).run(KEY, 3, x, progress_bar=False).losses
     np.testing.assert_allclose(losses, svi.run(KEY, 3, x, progress_bar=False).losses)
+
+
+@pytest.mark.parametrize(
+    ("given", "cores", "asked"),
+    [
+        ({}, 2, {"PJRT_NPROC": "4"}),
+        ({}, 4, {}),
+        ({"NPROC": "1"}, 2, {"NPROC": "1"}),
+        ({"PJRT_NPROC": "2"}, 1, {"PJRT_NPROC": "2"}),
+    ],
+)
+def test_threads_that_do_not_wait_for_one_another(given: dict, cores: int, asked: dict) -> None:
+    environment = dict(given)
+    ask_for_enough(environment, cores)
+    assert environment == asked
+
+
+# The second derivatives of a Gaussian process, for many points: on two threads they never end.
+SOLVES = """
+import jax, jax.numpy as jnp
+import numpyro_vae_ext
+
+x = jnp.arange(11.0)
+
+def density(u):
+    covariance = jnp.exp(u[1] - 0.5 * ((x[:, None] - x) * jnp.exp(u[0])) ** 2) + 0.1 * jnp.eye(11)
+    return jnp.sin(jnp.linalg.cholesky(covariance) @ u[2:]).sum()
+
+u = 0.3 * jax.random.normal(jax.random.key(0), (64, 13))
+bend = jax.jit(jax.vmap(jax.jacfwd(jax.grad(density))))
+for _ in range(30):
+    print(bool(jnp.isfinite(bend(u)).all()))
+"""
+
+
+def test_many_solves_come_to_an_end() -> None:
+    run = subprocess.run([sys.executable, "-c", SOLVES], capture_output=True, timeout=300)
+    assert run.stdout.split() == [b"True"] * 30

@@ -1,0 +1,24 @@
+"""How many threads JAX computes with on a CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+
+# The fewest that have not been seen to wait for one another in a model's derivatives.
+FEWEST = 4
+
+
+def ask_for_enough(environment: MutableMapping[str, str], cores: int) -> None:
+    """Ask JAX for four threads where the machine has fewer cores and nobody has asked.
+
+    A batch of triangular systems or Cholesky factors is solved by the threads of one pool, and the
+    thread that asked waits for them as one of the pool (jaxlib 0.10). On two cores two such solves
+    at a time, as in the second derivatives of a Gaussian process, wait for one another for ever.
+    JAX reads the variable when it first computes something.
+    """
+    if cores < FEWEST and not {"PJRT_NPROC", "NPROC"} & set(environment):
+        environment["PJRT_NPROC"] = str(FEWEST)
+
+
+ask_for_enough(os.environ, os.cpu_count() or 1)
