@@ -9,7 +9,7 @@ from collections.abc import MutableMapping
 FEWEST = 4
 
 
-def ask_for_enough(environment: MutableMapping[str, str], cores: int) -> None:
+def ask_for_enough(environment: MutableMapping[str, str], available: int) -> None:
     """Ask JAX for four threads where the machine has fewer cores and nobody has asked.
 
     A batch of triangular systems or Cholesky factors is solved by the threads of one pool, and the
@@ -17,8 +17,15 @@ def ask_for_enough(environment: MutableMapping[str, str], cores: int) -> None:
     at a time, as in the second derivatives of a Gaussian process, wait for one another for ever.
     JAX reads the variable when it first computes something.
     """
-    if cores < FEWEST and not {"PJRT_NPROC", "NPROC"} & set(environment):
+    if available < FEWEST and not {"PJRT_NPROC", "NPROC"} & set(environment):
         environment["PJRT_NPROC"] = str(FEWEST)
 
 
-ask_for_enough(os.environ, os.cpu_count() or 1)
+def cores() -> int:
+    """The cores that this process may use, which is how JAX counts them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+ask_for_enough(os.environ, cores())
