@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from numpyro_vae_ext._checks import positive_int, widths
@@ -22,7 +23,6 @@ from numpyro_vae_ext.guides._hierarchy import (
     reverse_factor,
 )
 from numpyro_vae_ext.guides.mean_field import MeanField
-from numpyro_vae_ext.guides.tied_normal import TiedNormal
 
 # Correlation at the start of a number and the one that it follows: half of the variance.
 _TIE = math.sqrt(0.5)
@@ -111,13 +111,7 @@ class Auxiliary(GuideFamily):
         reverse: Any = default
         if latent_family is None and reverse_family is None:
             # Either is the other's exact reverse at the start.
-            tied = partial(
-                TiedNormal,
-                slope=_TIE,
-                variance=1 - _TIE**2,
-                hidden_dims=hidden_dims,
-                activation=activation,
-            )
+            tied = partial(_TiedNormal, hidden_dims=hidden_dims, activation=activation)
             latent = partial(tied, num_followed=self.aux_dim)
             reverse = partial(tied, num_followed=latent_dim)
         width = context_dim or 0
@@ -151,3 +145,40 @@ class Auxiliary(GuideFamily):
         log_joint = log_joint + self.conditional.log_prob(value, joined(auxiliary, context))
         log_weights = log_joint - log_reverse
         return jax.nn.logsumexp(log_weights, 0) - math.log(num_samples)
+
+
+class _TiedNormal(MeanField):
+    r"""``MeanField`` whose location gets a linear function of the first numbers of the context.
+
+    It starts as :math:`N(\sqrt{.5}\, v_i, .5)` for number :math:`i`, with :math:`v` these numbers,
+    up to what the heads start at. If :math:`v` is standard Normal, so is the marginal, and
+    another one with the two exchanged is the exact reverse.
+
+    Args:
+        num_followed: How many numbers of the context are followed.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        context_dim: int,
+        *,
+        num_followed: int,
+        rngs: nnx.Rngs,
+        param_dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(latent_dim, context_dim, rngs=rngs, param_dtype=param_dtype, **kwargs)
+        dtype = param_dtype_or_default(param_dtype)
+        self.num_followed = num_followed
+        self.tie = nnx.Linear(
+            num_followed, latent_dim, use_bias=False, param_dtype=dtype, rngs=rngs
+        )
+        self.tie.kernel[...] = _TIE * jnp.eye(num_followed, latent_dim, dtype=dtype)
+        left = jnp.where(jnp.arange(latent_dim) < num_followed, 1 - _TIE**2, 1.0)
+        self.log_scale.bias[...] = 0.5 * jnp.log(left).astype(dtype)
+
+    def loc_and_log_scale(self, context: Any = None) -> tuple[jax.Array, jax.Array]:
+        """Location and logarithm of the standard deviation, each ``(*batch, latent_dim)``."""
+        loc, log_scale = super().loc_and_log_scale(context)
+        return loc + self.tie(context[..., : self.num_followed]), log_scale

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from pyro_vae_ext._checks import positive_int, widths
 from pyro_vae_ext.guides._base import GuideFamily
@@ -19,7 +20,6 @@ from pyro_vae_ext.guides._hierarchy import (
     reverse_factor,
 )
 from pyro_vae_ext.guides.mean_field import MeanField
-from pyro_vae_ext.guides.tied_normal import TiedNormal
 
 # Correlation at the start of a number and the one that it follows: half of the variance.
 _TIE = math.sqrt(0.5)
@@ -105,13 +105,7 @@ class Auxiliary(GuideFamily):
         reverse: Any = default
         if latent_family is None and reverse_family is None:
             # Either is the other's exact reverse at the start.
-            tied = partial(
-                TiedNormal,
-                slope=_TIE,
-                variance=1 - _TIE**2,
-                hidden_dims=hidden_dims,
-                activation=activation,
-            )
+            tied = partial(_TiedNormal, hidden_dims=hidden_dims, activation=activation)
             latent = partial(tied, num_followed=self.aux_dim)
             reverse = partial(tied, num_followed=latent_dim)
         width = context_dim or 0
@@ -141,3 +135,30 @@ class Auxiliary(GuideFamily):
         log_joint = log_joint + self.conditional.log_prob(value, joined(auxiliary, context))
         log_weights = log_joint - reverse.log_prob(auxiliary)
         return log_weights.logsumexp(0) - math.log(num_samples)
+
+
+class _TiedNormal(MeanField):
+    r"""``MeanField`` whose location gets a linear function of the first numbers of the context.
+
+    It starts as :math:`N(\sqrt{.5}\, v_i, .5)` for number :math:`i`, with :math:`v` these numbers,
+    up to what the heads start at. If :math:`v` is standard Normal, so is the marginal, and
+    another one with the two exchanged is the exact reverse.
+
+    Args:
+        num_followed: How many numbers of the context are followed.
+    """
+
+    def __init__(
+        self, latent_dim: int, context_dim: int, *, num_followed: int, **kwargs: Any
+    ) -> None:
+        super().__init__(latent_dim, context_dim, **kwargs)
+        self.num_followed = num_followed
+        self.tie = nn.Linear(num_followed, latent_dim, bias=False)
+        with torch.no_grad():
+            self.tie.weight.copy_(_TIE * torch.eye(latent_dim, num_followed))
+            self.log_scale.bias[:num_followed] = 0.5 * math.log(1 - _TIE**2)
+
+    def loc_and_log_scale(self, context: Any = None) -> tuple[Tensor, Tensor]:
+        """Location and log-scale, each ``(*batch, latent_dim)``."""
+        loc, log_scale = super().loc_and_log_scale(context)
+        return loc + self.tie(context[..., : self.num_followed]), log_scale

@@ -22,13 +22,10 @@ from pyro_vae_ext.guides._hierarchy import (
 )
 from pyro_vae_ext.guides._normal import CarryingNormal
 from pyro_vae_ext.guides.mean_field import MeanField
-from pyro_vae_ext.guides.tied_normal import TiedNormal
 from pyro_vae_ext.nn._scales import head_bounded
 
 _LENGTHSCALE = 1.0  # at the start, in units of a standard Normal's own size
 _SCALE = 0.3  # of z around the process at the start, where the process has an output of its own
-# The slope of xi on z = xi + noise of that scale: the variance that is left is one minus it.
-_SLOPE = 1.0 / (1.0 + _SCALE**2)
 
 
 class VGP(GuideFamily):
@@ -52,8 +49,7 @@ class VGP(GuideFamily):
     .. math:: \log q(\xi) + \log q(z \mid \xi, c) - \log r(\xi \mid z, c).
 
     The sites are ``{name}_xi`` (auxiliary), ``{name}``, and the factor ``{name}_reverse``. It
-    starts near the identity: targets are equal to sources. Without a context, with the identity
-    as mean and the default targets, the default reverse model starts as the reverse of that.
+    starts near the identity: targets are equal to sources.
 
     The Cholesky factor costs :math:`O(m^3)` once per run of the guide, whatever the number of rows
     and of vectorised particles, and every draw :math:`O(m^2)`; with ``amortize="all"`` each row of
@@ -143,8 +139,6 @@ class VGP(GuideFamily):
             sources = sources - sources.mean(0)
         sources = _matrix("sources", sources, self.input_dim)
         shared = min(latent_dim, self.input_dim)
-        # Then z starts near xi, and xi near z: the reverse model as the process.
-        tied = targets is None and context_dim is None and mean == "identity"
         if targets is None:
             targets = nn.functional.pad(sources[:, :shared], (0, latent_dim - shared))
         targets = _matrix("targets", targets, latent_dim)
@@ -169,16 +163,7 @@ class VGP(GuideFamily):
             self.sources_head = _small_linear(context_dim, self.num_inducing * self.input_dim)
             self.kernel_head = _small_linear(context_dim, self.input_dim + 1)
         hidden_dims = widths("hidden_dims", hidden_dims)
-        default_family: Any = partial(MeanField, hidden_dims=hidden_dims, activation=activation)
-        if tied:
-            default_family = partial(
-                TiedNormal,
-                num_followed=shared,
-                slope=_SLOPE,
-                variance=1 - _SLOPE,
-                hidden_dims=hidden_dims,
-                activation=activation,
-            )
+        default_family = partial(MeanField, hidden_dims=hidden_dims, activation=activation)
         width = latent_dim + (context_dim or 0)
         self.reverse = built_direct(
             "reverse_family", reverse_family or default_family, self.input_dim, width

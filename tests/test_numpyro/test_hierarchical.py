@@ -376,7 +376,7 @@ def test_estimated_density_integrates_to_one(name: str, case: dict) -> None:
     scale = posterior.reverse.log_scale
     scale = scale if case["context_dim"] is None and not hasattr(scale, "bias") else scale.bias
     # Wider than the law that it stands for: estimates of little variance.
-    scale[...] = jnp.maximum(scale[...], 0.5)
+    scale[...] = scale[...] + 0.5
     # No point at 0.5, where one of the functions jumps.
     grid = jnp.linspace(-25.0, 25.0, 2000)[:, None]
 
@@ -685,18 +685,3 @@ def test_default_parts_start_as_exact_reverses(latent_dim: int, aux_dim: int) ->
         np.testing.assert_allclose(log_q, exact, rtol=1e-5)
         mean = posterior.conditional.distribution(a).mean
         np.testing.assert_allclose(mean[:both], math.sqrt(0.5) * a[:both], rtol=1e-5)
-
-
-def test_default_reverse_of_a_process_starts_as_its_reverse() -> None:
-    """Where the process is sure, and without small heads: z is Normal, and the bound is exact."""
-    grid = np.linspace(-6.0, 6.0, 80)[:, None]
-    posterior = VGP(1, sources=grid, rngs=nnx.Rngs(0))
-    for head in (posterior.reverse.loc, posterior.reverse.log_scale):
-        head.kernel[...] = jnp.zeros_like(head.kernel[...])
-    for key in KEYS[:5]:
-        sites = trace(seed(lambda: posterior("z"), key)).get_trace()
-        log_q = sum(site["fn"].log_prob(site["value"]).sum() for site in sites.values())
-        exact = dist.Normal(0.0, math.sqrt(1.09)).log_prob(sites["z"]["value"]).sum()
-        np.testing.assert_allclose(log_q, exact, atol=0.02)
-    given = VGP(1, sources=grid, targets=-grid, rngs=nnx.Rngs(0))
-    assert not hasattr(given.reverse, "tie")

@@ -295,7 +295,7 @@ def test_estimated_density_integrates_to_one(name: str, case: dict) -> None:
         for key, parameter in posterior.reverse.named_parameters():
             # Wider than the law that it stands for: estimates of little variance.
             if key in ("log_scale", "log_scale.bias"):
-                parameter.clamp_(min=0.5)
+                parameter += 0.5
     grid = torch.linspace(-30.0, 30.0, 3001).reshape(-1, 1)
     with torch.no_grad():
         density = posterior.log_prob(grid, context, num_samples=2000).exp()
@@ -494,17 +494,3 @@ def test_default_parts_start_as_exact_reverses(latent_dim: int, aux_dim: int) ->
         torch.testing.assert_close(sites.log_prob_sum(), exact)
         mean = posterior.conditional.distribution(a).mean
         torch.testing.assert_close(mean[:both], math.sqrt(0.5) * a[:both])
-
-
-def test_default_reverse_of_a_process_starts_as_its_reverse() -> None:
-    """Where the process is sure, and without small heads: z is Normal, and the bound is exact."""
-    grid = torch.linspace(-6.0, 6.0, 80)[:, None]
-    posterior = guides.VGP(1, sources=grid)
-    for head in (posterior.reverse.loc, posterior.reverse.log_scale):
-        head.weight.data.zero_()
-    for _ in range(5):
-        sites = pyro.poutine.trace(lambda: posterior("z")).get_trace()
-        exact = dist.Normal(0.0, math.sqrt(1.09)).log_prob(sites.nodes["z"]["value"]).sum()
-        torch.testing.assert_close(sites.log_prob_sum(), exact, rtol=0.0, atol=0.02)
-    given = guides.VGP(1, sources=grid, targets=-grid)
-    assert not hasattr(given.reverse, "tie")
