@@ -10,14 +10,14 @@ FEWEST = 4
 
 
 def ask_for_enough(environment: MutableMapping[str, str], available: int) -> None:
-    """Ask JAX for four threads where the machine has fewer cores and nobody has asked.
+    """Ask JAX for four threads on two or three cores, if nobody has asked.
 
     A batch of triangular systems or Cholesky factors is solved by the threads of one pool, and the
     thread that asked waits for them as one of the pool (jaxlib 0.10). On two cores two such solves
-    at a time, as in the second derivatives of a Gaussian process, wait for one another for ever.
+    at a time, as in the second derivatives of a Gaussian process, wait for one another for ever; one thread never waits.
     JAX reads the variable when it first computes something.
     """
-    if available < FEWEST and not {"PJRT_NPROC", "NPROC"} & set(environment):
+    if 1 < available < FEWEST and not {"PJRT_NPROC", "NPROC"} & set(environment):
         environment["PJRT_NPROC"] = str(FEWEST)
 
 
