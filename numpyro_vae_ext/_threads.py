@@ -14,7 +14,8 @@ def ask_for_enough(environment: MutableMapping[str, str], available: int) -> Non
 
     A batch of triangular systems or Cholesky factors is solved by the threads of one pool, and the
     thread that asked waits for them as one of the pool (jaxlib 0.10). On two cores two such solves
-    at a time, as in the second derivatives of a Gaussian process, wait for one another for ever; one thread never waits.
+    at a time, as in the second derivatives of a Gaussian process, wait for one another for ever;
+    one thread never waits.
     JAX reads the variable when it first computes something.
     """
     if 1 < available < FEWEST and not {"PJRT_NPROC", "NPROC"} & set(environment):
