@@ -12,8 +12,8 @@ seconds by part and draws a second of race and training. `smoothed` are error an
 importance resampling. `pathfinder` is `training.pathfinder` alone, its 4,000 resampled draws;
 `hosts` are NumPyro's AutoNormal, AutoMultivariateNormal, AutoIAFNormal and
 AutoBNAFNormal, 10,000 steps of Adam, 16 draws, at the better of 1e-2 and 1e-3 by
-the final loss; `nuts` is NUTS with 1,000 warmup steps and 1,000 draws. Data and draws are those
-that `examples/posterior_data.py` names. With `--regression` the rows are linear regressions whose
+the final loss; `nuts` is NUTS with 1,000 warmup steps and 1,000 or 10,000 draws in one chain,
+compilation in its seconds. Data and draws are those that `examples/posterior_data.py` names. With `--regression` the rows are linear regressions whose
 evidence is known, by size, with `--energies` the densities of `examples/targets.py`, and the bound
 is given in nats below the evidence.
 """
@@ -31,6 +31,7 @@ import posterior_data
 import targets
 
 EVALUATED = 20_000
+NUTS_DRAWS = (1000, 10_000)
 
 
 def compared(name, draws, arguments, truth):
@@ -147,19 +148,16 @@ class NumPyro:
         found = pathfinder(jax.random.key(seed), model, *values, **options)
         return found, time.perf_counter() - before
 
-    def nuts(self, model, values, seed):
-        """Draws and seconds, with and without compilation."""
+    def nuts(self, model, values, seed, num_draws):
+        """Draws and seconds, with compilation."""
         import jax
         from numpyro.infer import MCMC, NUTS
 
-        chain = MCMC(NUTS(model), num_warmup=1000, num_samples=1000, progress_bar=False)
-        seconds = []
-        for i in range(2):
-            before = time.perf_counter()
-            chain.run(jax.random.key(seed + i), *values)
-            draws = jax.block_until_ready(chain.get_samples())
-            seconds.append(time.perf_counter() - before)
-        return draws, seconds
+        before = time.perf_counter()
+        chain = MCMC(NUTS(model), num_warmup=1000, num_samples=num_draws, progress_bar=False)
+        chain.run(jax.random.key(seed), *values)
+        draws = jax.block_until_ready(chain.get_samples())
+        return draws, time.perf_counter() - before
 
 
 class Pyro:
@@ -295,8 +293,9 @@ def main(args):
                         f"{name:22s} {label:22s} {compare(draws)}loss {loss:.3f}, {seconds:.1f} s"
                     )
             if "nuts" in args.methods:
-                draws, (first, second) = backend.nuts(model, values, seed)
-                print(f"{name:22s} NUTS {compare(draws)}{first:.1f} s, compiled {second:.1f} s")
+                for num_draws in NUTS_DRAWS:
+                    draws, seconds = backend.nuts(model, values, seed, num_draws)
+                    print(f"{name:22s} NUTS, {num_draws:6d}: {compare(draws)}{seconds:.1f} s")
             sys.stdout.flush()
 
 

@@ -12,6 +12,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -246,7 +247,10 @@ def compiled(fn: Callable[..., Any], pair: Pair) -> Callable[..., Any]:
     leaves, tree = jax.tree.flatten((pair.args, pair.kwargs))
     places = [i for i, x in enumerate(leaves) if isinstance(x, (jax.Array, np.ndarray)) and x.ndim]
 
-    @jax.jit
+    # On a CPU the last level of LLVM costs a small fit seconds to compile, and saves none.
+    quick = {"xla_backend_optimization_level": 2} if jax.default_backend() == "cpu" else None
+
+    @partial(jax.jit, compiler_options=quick)
     def program(data: list[Any], *arrays: Any) -> Any:
         filled = list(leaves)
         for place, value in zip(places, data, strict=True):
