@@ -13,9 +13,9 @@ importance resampling. `pathfinder` is `training.pathfinder` alone, its 4,000 re
 `hosts` are NumPyro's AutoNormal, AutoMultivariateNormal, AutoIAFNormal and
 AutoBNAFNormal, 10,000 steps of Adam, 16 draws, at the better of 1e-2 and 1e-3 by
 the final loss; `nuts` is NUTS with 1,000 warmup steps and 1,000 or 10,000 draws in one chain,
-compilation in its seconds. Data and draws are those that `examples/posterior_data.py` names. With `--regression` the rows are linear regressions whose
-evidence is known, by size, with `--energies` the densities of `examples/targets.py`, and the bound
-is given in nats below the evidence.
+compilation in its seconds. Data and draws are those that `examples/posterior_data.py` names. With
+`--regression` the rows are linear regressions whose evidence is known, by size, with `--energies`
+the densities of `examples/targets.py`, and the bound is given in nats below the evidence.
 """
 
 import argparse

@@ -6,6 +6,8 @@ build the member with. A member that is missing here fails ``test_mirror.py``.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -469,3 +471,18 @@ def resolved(guides: Any, case: dict) -> dict:
         )
 
     return {key: build(value) for key, value in case.items()}
+
+
+def outputs_of_reverse(names: Iterable[str]) -> list[str]:
+    """Names of the last layers of the default reverse model of VGP, step by step; none of others.
+
+    The first half of such a layer's outputs are shifts, the second half log-scales.
+    """
+    if any("reverse.base." in name for name in names):
+        return []
+    found: dict[int, tuple[int, str]] = {}
+    for name in names:
+        if match := re.match(r"(.*reverse\.nets\.(\d+)\.layers\.(\d+))\.bias$", name):
+            step, layer = int(match[2]), int(match[3])
+            found[step] = max(found.get(step, (-1, "")), (layer, match[1]))
+    return [found[step][1] for step in sorted(found)]

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpyro.distributions as dist
 from flax import nnx
-from jax import lax
 
 from numpyro_vae_ext._checks import positive_int, widths
-from numpyro_vae_ext.nn._scales import bounded, log_scale_bound
-from numpyro_vae_ext.nn.masked import MaskedMLP
+from numpyro_vae_ext._masked_flow import from_noise, log_density, masked_nets
 from numpyro_vae_ext.priors._base import Law, LawDistribution, param_dtype_or_default
 
 
@@ -77,18 +73,13 @@ class FlowPrior(nnx.Module):
         self.latent_dim = positive_int("latent_dim", latent_dim)
         num_flows = positive_int("num_flows", num_flows)
         dtype = param_dtype_or_default(param_dtype)
-        forwards = tuple(range(latent_dim))
-        self.nets = nnx.List(
-            MaskedMLP(
-                latent_dim,
-                widths("hidden_dims", hidden_dims),
-                2,
-                order=forwards if step % 2 == 0 else forwards[::-1],
-                activation=activation,
-                rngs=rngs,
-                param_dtype=dtype,
-            )
-            for step in range(num_flows)
+        self.nets = masked_nets(
+            latent_dim,
+            widths("hidden_dims", hidden_dims),
+            num_flows,
+            activation=activation,
+            rngs=rngs,
+            param_dtype=dtype,
         )
 
     def __call__(self) -> dist.Distribution:
@@ -108,34 +99,8 @@ class _Flow(Law):
         return self.prior.latent_dim
 
     def log_prob(self, value: jax.Array) -> jax.Array:
-        u, log_density = value, jnp.zeros_like(value)
-        for net in self.prior.nets:
-            shift, log_scale = self._shift_and_log_scale(net, u)
-            u = (u - shift) * jnp.exp(-log_scale)
-            log_density = log_density - log_scale
-        log_density = log_density - 0.5 * u**2
-        return log_density.sum(-1) - 0.5 * self.event_size * math.log(2.0 * math.pi)
+        return log_density(self.prior.nets, value)
 
     def draw(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         dtype = self.prior.nets[0].layers[0].bias[...].dtype
-        u = jax.random.normal(key, (*shape, self.event_size), dtype)
-        for net in reversed(self.prior.nets):
-            u = self._sequentially(net, u)
-        return u
-
-    def _sequentially(self, net: MaskedMLP, target: jax.Array) -> jax.Array:
-        """The inverse of a step, one coordinate after the other."""
-        order = jnp.asarray(net.order)
-
-        # The i-th pass sees the coordinates before the i-th, which are final.
-        def fill(i: int, u: jax.Array) -> jax.Array:
-            shift, log_scale = self._shift_and_log_scale(net, u)
-            new = shift + jnp.exp(log_scale) * target
-            return jnp.where(jnp.arange(len(order)) == order[i], new, u)
-
-        return lax.fori_loop(0, len(order), fill, jnp.zeros_like(target))
-
-    def _shift_and_log_scale(self, net: MaskedMLP, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-        outputs = net(u)
-        bound = log_scale_bound(len(self.prior.nets))
-        return outputs[..., 0, :], bounded(outputs[..., 1, :], bound)
+        return from_noise(self.prior.nets, jax.random.normal(key, (*shape, self.event_size), dtype))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +10,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_vae_ext._checks import positive_int
-from pyro_vae_ext.nn import MaskedMLP
-from pyro_vae_ext.nn._scales import bounded, log_scale_bound
+from pyro_vae_ext._masked_flow import from_noise, log_density, masked_nets
 from pyro_vae_ext.priors._base import Law, LawDistribution
 
 
@@ -71,17 +69,7 @@ class FlowPrior(nn.Module):
         super().__init__()
         self.latent_dim = positive_int("latent_dim", latent_dim)
         positive_int("num_flows", num_flows)
-        forward = tuple(range(latent_dim))
-        self.nets = nn.ModuleList(
-            MaskedMLP(
-                latent_dim,
-                hidden_dims,
-                2,
-                order=forward if step % 2 == 0 else forward[::-1],
-                activation=activation,
-            )
-            for step in range(num_flows)
-        )
+        self.nets = masked_nets(latent_dim, hidden_dims, num_flows, activation=activation)
 
     def forward(self) -> TorchDistribution:
         """The prior as a distribution, ``batch_shape ()`` and ``event_shape (latent_dim,)``."""
@@ -94,29 +82,11 @@ class _Flow(Law):
     def __init__(self, prior: FlowPrior) -> None:
         self.nets = prior.nets
         self.event_size = prior.latent_dim
-        self.bound = log_scale_bound(len(prior.nets))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        u = value
-        log_density = torch.zeros_like(value)
-        for net in self.nets:
-            shift, log_scale = self._shift_and_log_scale(net, u)
-            u = (u - shift) * (-log_scale).exp()
-            log_density = log_density - log_scale
-        log_density = log_density - 0.5 * u.square()
-        return log_density.sum(-1) - 0.5 * self.event_size * math.log(2.0 * math.pi)
+        return log_density(self.nets, value)
 
     def draw(self, shape: torch.Size) -> Tensor:
         like = next(self.nets.parameters())
-        u = torch.randn((*shape, self.event_size), dtype=like.dtype, device=like.device)
-        for net in reversed(self.nets):
-            target, u = u, torch.zeros_like(u)
-            # The i-th pass sees the coordinates before the i-th, which are final.
-            for i in net.order:
-                shift, log_scale = self._shift_and_log_scale(net, u)
-                u[..., i] = shift[..., i] + log_scale[..., i].exp() * target[..., i]
-        return u
-
-    def _shift_and_log_scale(self, net: nn.Module, u: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = net(u).unbind(-2)
-        return shift, bounded(raw, self.bound)
+        noise = torch.randn((*shape, self.event_size), dtype=like.dtype, device=like.device)
+        return from_noise(self.nets, noise)

@@ -1,7 +1,7 @@
 """Hierarchical guide with a learned reverse model.
 
 `a ~ q(a | c)`, `z ~ q(z | a, c)`, and `r(a | z, c)` in the place of `q(a | z, c)`. Every part is
-a diagonal Normal or an inverse autoregressive flow.
+a diagonal Normal or a flow.
 
 References:
     Ranganath, Tran and Blei (2016), Hierarchical Variational Models, arXiv 1511.02386, eq. 5-7.
@@ -11,7 +11,7 @@ References:
 
 import numpy as np
 
-from . import iaf, mean_field
+from . import iaf, masked_flow, mean_field
 
 
 def part(weights, prefix):
@@ -36,6 +36,8 @@ def log_prob(value, weights, context, family, activation):
     if name == "MeanField":
         heads = mean_field.heads(weights, context, activation)
         return mean_field.log_prob(value, *heads)
+    if name == "ReverseFlow":
+        return masked_flow.log_prob(value, weights, context, activation)
     update = options.get("update", "affine")
     return iaf.log_prob(value, weights, context, update=update, activation=activation)
 

@@ -1,4 +1,4 @@
-"""Learned priors: mixtures, a masked autoregressive flow, and mixtures of posteriors.
+"""Learned priors: mixtures and mixtures of posteriors.
 
 All densities are analytic in values and weights (for complex steps). The integrals are sums over
 a regular grid, which for smooth densities that vanish at its ends converge faster than any power
@@ -6,14 +6,12 @@ of the step.
 
 References:
     Bishop (2006), Pattern Recognition and Machine Learning, eq. 2.188 (mixtures).
-    Papamakarios, Pavlakou and Murray (2017), Masked Autoregressive Flow for Density Estimation,
-    arXiv 1705.07057, sec. 3.1.
     Tomczak and Welling (2018), VAE with a VampPrior, arXiv 1705.07120, sec. 3.
 """
 
 import numpy as np
 
-from . import iaf, masked, mean_field, vgp
+from . import iaf, mean_field, vgp
 from .auxiliary import joined, part
 
 LOG_2PI = np.log(2.0 * np.pi)
@@ -34,48 +32,6 @@ def mixture(value, logits, locs, log_scales):
 def mixture_evidence(x, logits, locs, log_scales):
     """`log p(x)` of `x ~ N(z, I)`: each component's variance is one larger."""
     return mixture(x, logits, locs, 0.5 * np.log(np.exp(2.0 * log_scales) + 1.0))
-
-
-def _nets(weights):
-    nets = []
-    while part(weights, f"nets.{len(nets)}."):
-        nets.append(part(weights, f"nets.{len(nets)}."))
-    return nets
-
-
-def _order(step, features):
-    return np.arange(features) if step % 2 == 0 else np.arange(features)[::-1]
-
-
-def _shift_and_log_scale(u, nets, step, activation):
-    order, bound = _order(step, u.shape[-1]), iaf.log_scale_bound(len(nets))
-    outputs = masked.forward(u, nets[step], order=order, activation=activation)
-    return outputs[..., 0, :], bound * np.tanh(outputs[..., 1, :] / bound)
-
-
-def flow(value, weights, activation="elu"):
-    """`log p(z)` of the flow: `u_t = (u_{t-1} - m_t) exp(-a_t)`, `u_T ~ N(0, I)`."""
-    u, log_slope = value, 0.0
-    nets = _nets(weights)
-    for step in range(len(nets)):
-        shift, log_scale = _shift_and_log_scale(u, nets, step, activation)
-        u = (u - shift) * np.exp(-log_scale)
-        log_slope = log_slope + np.sum(log_scale, axis=-1)
-    return np.sum(-0.5 * u**2 - 0.5 * LOG_2PI, axis=-1) - log_slope
-
-
-def flow_sample(noise, weights, activation="elu"):
-    """The value whose noise is given, one coordinate at a time."""
-    u = noise
-    nets = _nets(weights)
-    for step in reversed(range(len(nets))):
-        target, u = u, np.full(u.shape, np.nan)
-        for i in _order(step, u.shape[-1]):
-            # What has not been drawn yet is no number, and must not be looked at.
-            known = np.where(np.isnan(u), 0.0, u)
-            shift, log_scale = _shift_and_log_scale(known, nets, step, activation)
-            u[..., i] = shift[..., i] + np.exp(log_scale[..., i]) * target[..., i]
-    return u
 
 
 def _auxiliary(value, weights, context):

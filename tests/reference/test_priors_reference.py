@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from . import iaf, priors, vgp
+from . import iaf, masked_flow, priors, vgp
 
 
 def net_weights(rng, dim, num_flows, context_dim=None):
@@ -34,28 +34,29 @@ def test_mixture_is_that_of_scipy_and_its_evidence_the_integral():
     )
 
 
-@pytest.mark.parametrize("num_flows", [1, 2, 3])
-def test_flow_integrates_to_one_and_scores_its_samples(num_flows):
+@pytest.mark.parametrize(("num_flows", "context_dim"), [(1, None), (2, None), (3, None), (2, 3)])
+def test_flow_integrates_to_one_and_scores_its_samples(num_flows, context_dim):
     rng = np.random.default_rng(num_flows)
-    weights = net_weights(rng, 2, num_flows)
+    weights = net_weights(rng, 2, num_flows, context_dim)
+    context = None if context_dim is None else rng.normal(size=context_dim)
     points, volume = priors.grid(2, 25.0, 1001)
-    log_p = priors.flow(points, weights)
+    log_p = masked_flow.log_prob(points, weights, context)
     assert np.exp(priors.log_sum(log_p)) * volume == pytest.approx(1.0, abs=1e-3)
     # Change of variables: the density of a sample is that of its noise over the determinant.
     noise = rng.normal(size=(5, 2))
     step = 1e-6
     columns = [
         (
-            priors.flow_sample(noise + step * e, weights)
-            - priors.flow_sample(noise - step * e, weights)
+            masked_flow.sample(noise + step * e, weights, context)
+            - masked_flow.sample(noise - step * e, weights, context)
         )
         / (2 * step)
         for e in np.eye(2)
     ]
     determinant = np.linalg.det(np.stack(columns, -1))
     expected = stats.norm.logpdf(noise).sum(-1) - np.log(np.abs(determinant))
-    value = priors.flow_sample(noise, weights)
-    np.testing.assert_allclose(priors.flow(value, weights), expected, rtol=1e-7)
+    value = masked_flow.sample(noise, weights, context)
+    np.testing.assert_allclose(masked_flow.log_prob(value, weights, context), expected, rtol=1e-7)
 
 
 def hierarchical_weights(rng, name):

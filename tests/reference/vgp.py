@@ -89,15 +89,14 @@ def log_density(values, weights, context=None, **case):
     """
     xi, z = values["xi"], values["z"]
     activation = case.get("activation", "elu")
+    reverse = case.get("reverse_family") or {"name": "ReverseFlow", "activation": activation}
     mean, log_sd = process(xi, weights, context, **case)
     loc, log_scale = mean_field.heads(part(weights, "base."), context)
     zeros = np.zeros(xi.shape)
     log_q = mean_field.log_prob(xi, zeros, zeros)
     log_total = 0.5 * np.log(np.exp(2.0 * log_sd) + np.exp(2.0 * log_scale))
     log_q = log_q + mean_field.log_prob(z, loc + mean, log_total)
-    return log_q - log_prob(
-        xi, part(weights, "reverse."), joined(z, context), case.get("reverse_family"), activation
-    )
+    return log_q - log_prob(xi, part(weights, "reverse."), joined(z, context), reverse, activation)
 
 
 def log_density_with_f(values, weights, context=None, **case):
@@ -107,15 +106,14 @@ def log_density_with_f(values, weights, context=None, **case):
     """
     xi, f, z = values["xi"], values["f"], values["z"]
     activation = case.get("activation", "elu")
+    reverse = case.get("reverse_family") or {"name": "ReverseFlow", "activation": activation}
     mean, log_sd = process(xi, weights, context, **case)
     loc, log_scale = mean_field.heads(part(weights, "base."), context)
     zeros = np.zeros(xi.shape)
     log_q = mean_field.log_prob(xi, zeros, zeros)
     log_q = log_q + mean_field.log_prob(f, mean, log_sd + np.zeros(f.shape))
     log_q = log_q + mean_field.log_prob(z, loc + f, log_scale + np.zeros(z.shape))
-    log_r = log_prob(
-        xi, part(weights, "reverse."), joined(z, context), case.get("reverse_family"), activation
-    )
+    log_r = log_prob(xi, part(weights, "reverse."), joined(z, context), reverse, activation)
     # The Gaussian posterior of f under the prior N(mean, sd^2) and the likelihood of z.
     precision = np.exp(-2.0 * log_sd) + np.exp(-2.0 * log_scale)
     pull = np.exp(-2.0 * log_sd) * mean + np.exp(-2.0 * log_scale) * (z - loc)

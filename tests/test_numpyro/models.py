@@ -103,3 +103,12 @@ def largest(tree: Any) -> float:
 
 def difference(a: Any, b: Any) -> float:
     return largest(jax.tree.map(jnp.subtract, a, b))
+
+
+def wide_reverse(posterior: nnx.Module, by: float) -> None:
+    """Make the reverse model wider: estimates of light tails."""
+    reverse = posterior.reverse
+    bias = reverse.nets[0].layers[-1].bias if hasattr(reverse, "nets") else reverse.log_scale.bias
+    # Of a flow the second half of the outputs.
+    first = len(bias) // 2 if hasattr(reverse, "nets") else 0
+    bias[...] = bias[...].at[first:].add(by)

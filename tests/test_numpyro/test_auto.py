@@ -52,7 +52,8 @@ def widened(params: Any, name: str, is_vgp: bool) -> Any:
     else:
         scale["log_scale"] = start + wider
     if "reverse" in family:
-        family["reverse"]["loc"] = jax.tree.map(lambda x: 0.3 * x, family["reverse"]["loc"])
+        part = "nets" if is_vgp else "loc"
+        family["reverse"][part] = jax.tree.map(lambda x: 0.3 * x, family["reverse"][part])
     if is_vgp:
         family["targets"] = 0.3 * family["targets"]
     return params

@@ -49,3 +49,13 @@ def amortised(posterior: torch.nn.Module, x: torch.Tensor, batch_size: int | Non
 def standard_errors(draws: torch.Tensor, truth: float) -> float:
     """How many standard errors the mean of ``draws`` is above the truth."""
     return ((draws.mean() - truth) / (draws.std() / math.sqrt(len(draws)))).item()
+
+
+def wide_reverse(posterior: torch.nn.Module, by: float) -> None:
+    """Make the reverse model wider: estimates of light tails."""
+    reverse = posterior.reverse
+    is_flow = hasattr(reverse, "nets")
+    with torch.no_grad():
+        bias = reverse.nets[0].layers[-1].bias if is_flow else reverse.log_scale.bias
+        # Of a flow the second half of the outputs.
+        bias[len(bias) // 2 if is_flow else 0 :] += by

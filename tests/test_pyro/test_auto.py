@@ -53,7 +53,7 @@ def widened(family: torch.nn.Module) -> None:
         for name, parameter in family.named_parameters():
             if name.endswith(("log_scale", "log_scale.bias")) and not name.startswith("reverse"):
                 parameter.add_(1.2 if isinstance(family, guides.VGP) else 0.3)
-            elif name.startswith(("reverse.loc", "targets")):
+            elif name.startswith(("reverse.loc", "reverse.nets", "targets")):
                 parameter.mul_(0.3)
 
 
