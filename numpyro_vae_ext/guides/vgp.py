@@ -79,8 +79,9 @@ class VGP(GuideFamily):
             sources and kernel parameters. The location and the scale of :math:`z` and the reverse
             model see the context at any rate.
         reverse_family: Builds :math:`r(\xi \mid z, c)`, ``(latent_dim, context_dim) -> family``
-            with ``rngs`` and ``param_dtype``, which must have a density of its own; a masked
-            autoregressive flow of two steps by default, whose density is one pass.
+            with ``rngs`` and ``param_dtype``, which must have a density of its own. By
+            default a masked autoregressive flow of two steps without a context, and a mean-field
+            network with one.
         hidden_dims: Widths of the hidden layers of the default reverse model.
         activation: Their activation, ``"elu"``, ``"relu"`` or ``"tanh"``.
         rngs: Source of the initial weights.
@@ -184,7 +185,9 @@ class VGP(GuideFamily):
             self.sources_head = head(self.num_inducing * self.input_dim)
             self.kernel_head = head(self.input_dim + 1)
         hidden_dims = widths("hidden_dims", hidden_dims)
-        default_family = partial(ReverseFlow, hidden_dims=hidden_dims, activation=activation)
+        # For rows from an encoder the Normal ends as high and is cheaper.
+        default_reverse = ReverseFlow if context_dim is None else MeanField
+        default_family = partial(default_reverse, hidden_dims=hidden_dims, activation=activation)
         width = latent_dim + (context_dim or 0)
         self.reverse = built_direct(
             "reverse_family", reverse_family or default_family, self.input_dim, width, rngs, dtype

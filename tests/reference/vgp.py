@@ -89,7 +89,8 @@ def log_density(values, weights, context=None, **case):
     """
     xi, z = values["xi"], values["z"]
     activation = case.get("activation", "elu")
-    reverse = case.get("reverse_family") or {"name": "ReverseFlow", "activation": activation}
+    default = "ReverseFlow" if context is None else "MeanField"
+    reverse = case.get("reverse_family") or {"name": default, "activation": activation}
     mean, log_sd = process(xi, weights, context, **case)
     loc, log_scale = mean_field.heads(part(weights, "base."), context)
     zeros = np.zeros(xi.shape)
@@ -106,7 +107,8 @@ def log_density_with_f(values, weights, context=None, **case):
     """
     xi, f, z = values["xi"], values["f"], values["z"]
     activation = case.get("activation", "elu")
-    reverse = case.get("reverse_family") or {"name": "ReverseFlow", "activation": activation}
+    default = "ReverseFlow" if context is None else "MeanField"
+    reverse = case.get("reverse_family") or {"name": default, "activation": activation}
     mean, log_sd = process(xi, weights, context, **case)
     loc, log_scale = mean_field.heads(part(weights, "base."), context)
     zeros = np.zeros(xi.shape)

@@ -52,7 +52,7 @@ def widened(params: Any, name: str, is_vgp: bool) -> Any:
     else:
         scale["log_scale"] = start + wider
     if "reverse" in family:
-        part = "nets" if is_vgp else "loc"
+        part = "nets" if "nets" in family["reverse"] else "loc"
         family["reverse"][part] = jax.tree.map(lambda x: 0.3 * x, family["reverse"][part])
     if is_vgp:
         family["targets"] = 0.3 * family["targets"]
