@@ -21,7 +21,7 @@ from numpyro_vae_ext.nn.masked import MaskedMLP
 
 
 def masked_nets(features: int, hidden_dims: Sequence[int], num_flows: int, **kwargs: Any) -> Any:
-    """The net of every step; the order of the features is reversed from step to step."""
+    """The net of every step of a flow; the order of the features alternates."""
     forwards = tuple(range(features))
     return nnx.List(
         MaskedMLP(

@@ -247,7 +247,7 @@ def compiled(fn: Callable[..., Any], pair: Pair) -> Callable[..., Any]:
     leaves, tree = jax.tree.flatten((pair.args, pair.kwargs))
     places = [i for i, x in enumerate(leaves) if isinstance(x, (jax.Array, np.ndarray)) and x.ndim]
 
-    # On a CPU the last level of LLVM costs a small fit seconds to compile, and saves none.
+    # On a CPU the last level of LLVM costs a small fit more seconds to compile than it saves.
     quick = {"xla_backend_optimization_level": 2} if jax.default_backend() == "cpu" else None
 
     @partial(jax.jit, compiler_options=quick)

@@ -77,6 +77,6 @@ class _Reverse(dist.Distribution):
         noise = jax.random.normal(key, self.shape(sample_shape), self.context.dtype)
         return from_noise(self.family.nets, noise, self.context)
 
-    def log_prob(self, value: jax.Array, intermediates: Any = None) -> jax.Array:
+    def log_prob(self, value: jax.Array) -> jax.Array:
         """Log-density of shape ``(*batch,)``."""
         return log_density(self.family.nets, value, self.context)

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import lax
 
 from numpyro_vae_ext._checks import one_of, positive_int, widths
+from numpyro_vae_ext._masked_flow import masked_nets
 from numpyro_vae_ext.guides._base import DirectFamily, param_dtype_or_default
 from numpyro_vae_ext.guides._flow import FlowDistribution, Transform
 from numpyro_vae_ext.guides.mean_field import MeanField
@@ -97,19 +98,14 @@ class IAF(DirectFamily):
         self._bound = log_scale_bound(num_flows)
         dtype = param_dtype_or_default(param_dtype)
         self.base = MeanField(latent_dim, context_dim, rngs=rngs, param_dtype=dtype)
-        forwards = tuple(range(latent_dim))
-        self.nets = nnx.List(
-            MaskedMLP(
-                latent_dim,
-                widths("hidden_dims", hidden_dims),
-                2,
-                context_dim=context_dim,
-                order=forwards if step % 2 == 0 else forwards[::-1],
-                activation=activation,
-                rngs=rngs,
-                param_dtype=dtype,
-            )
-            for step in range(num_flows)
+        self.nets = masked_nets(
+            latent_dim,
+            widths("hidden_dims", hidden_dims),
+            num_flows,
+            context_dim=context_dim,
+            activation=activation,
+            rngs=rngs,
+            param_dtype=dtype,
         )
 
     def distribution(self, context: Any = None) -> dist.Distribution:

@@ -185,7 +185,7 @@ class VGP(GuideFamily):
             self.sources_head = head(self.num_inducing * self.input_dim)
             self.kernel_head = head(self.input_dim + 1)
         hidden_dims = widths("hidden_dims", hidden_dims)
-        # For rows from an encoder the Normal ends as high and is cheaper.
+        # For rows from an encoder the flow ended no higher.
         default_reverse = ReverseFlow if context_dim is None else MeanField
         default_family = partial(default_reverse, hidden_dims=hidden_dims, activation=activation)
         width = latent_dim + (context_dim or 0)

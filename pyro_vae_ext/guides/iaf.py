@@ -11,10 +11,10 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_vae_ext._checks import one_of, positive_int
+from pyro_vae_ext._masked_flow import masked_nets
 from pyro_vae_ext.guides._base import DirectFamily
 from pyro_vae_ext.guides._flow import FlowDistribution, Transform
 from pyro_vae_ext.guides.mean_field import MeanField
-from pyro_vae_ext.nn import MaskedMLP
 from pyro_vae_ext.nn._scales import bounded, log_scale_bound
 
 
@@ -87,17 +87,8 @@ class IAF(DirectFamily):
         self.update = one_of("update", update, ("affine", "gated"))
         self._bound = log_scale_bound(num_flows)
         self.base = MeanField(latent_dim, context_dim)
-        forward = tuple(range(latent_dim))
-        self.nets = nn.ModuleList(
-            MaskedMLP(
-                latent_dim,
-                hidden_dims,
-                2,
-                context_dim=context_dim,
-                order=forward if step % 2 == 0 else forward[::-1],
-                activation=activation,
-            )
-            for step in range(num_flows)
+        self.nets = masked_nets(
+            latent_dim, hidden_dims, num_flows, context_dim=context_dim, activation=activation
         )
 
     def distribution(self, context: Tensor | None = None) -> TorchDistribution:
