@@ -3,6 +3,7 @@
     python benchmarks/posteriors.py --backend numpyro --data-dir posteriordb --seeds 0 1 2 3 4
     python benchmarks/posteriors.py --backend pyro --data-dir posteriordb
     python benchmarks/posteriors.py --data-dir posteriordb --methods pathfinder hosts nuts
+    python benchmarks/posteriors.py --backend pyro --data-dir posteriordb --methods pathfinder nuts
     python benchmarks/posteriors.py --backend numpyro --regression 10 20 35 100
     python benchmarks/posteriors.py --backend numpyro --energies --family VGP --temper
 
@@ -10,17 +11,19 @@ A row is a fit with all defaults: the worst error of a mean in the posterior's s
 the worst ratio of standard deviations (always above 1), k-hat of 20,000 draws, the bound, steps,
 seconds by part and draws a second of race and training. `smoothed` are error and ratio after
 importance resampling. `pathfinder` is `training.pathfinder` alone, its 4,000 resampled draws;
-`hosts` are NumPyro's AutoNormal, AutoMultivariateNormal, AutoIAFNormal and
-AutoBNAFNormal, 10,000 steps of Adam, 16 draws, at the better of 1e-2 and 1e-3 by
-the final loss; `nuts` is NUTS with 1,000 warmup steps and 1,000 or 10,000 draws in one chain,
-compilation in its seconds. Data and draws are those that `examples/posterior_data.py` names. With
+`hosts` are the host's AutoNormal, AutoMultivariateNormal, AutoIAFNormal and, in NumPyro alone,
+AutoBNAFNormal, 10,000 steps of Adam, 16 draws, at the better of 1e-2 and 1e-3 by the final loss;
+`nuts` is NUTS with 1,000 warmup steps and 1,000 or, in NumPyro alone, 10,000 draws in one chain,
+compilation in its seconds; in Pyro it is given up after `--most-seconds`. There a flat prior gets a
+sampler: without one neither starts. Data and draws are those that `examples/posterior_data.py`
+names. With
 `--regression` the rows are linear regressions whose evidence is known, by size, with `--energies`
 the densities of `examples/targets.py`, and the bound is given in nats below the evidence.
 """
 
 import argparse
 import sys
-import time
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import posterior_data
 import targets
-
-EVALUATED = 20_000
-NUTS_DRAWS = (1000, 10_000)
 
 
 def compared(name, draws, arguments, truth):
@@ -54,174 +54,6 @@ def regression(size):
     return x, y, -0.5 * (y @ np.linalg.solve(marginal, y) + log_det)
 
 
-class NumPyro:
-    """Fits in NumPyro, in double precision."""
-
-    def __init__(self):
-        import jax
-        import posterior_models_numpyro
-
-        import numpyro_vae_ext  # noqa: F401  (before JAX computes: it asks for threads)
-
-        jax.config.update("jax_enable_x64", True)
-        self.models = posterior_models_numpyro.MODELS
-        self.device = jax.devices()[0].device_kind
-
-    def values(self, arguments):
-        import jax.numpy as jnp
-
-        return tuple(jnp.asarray(value) for value in arguments.values())
-
-    def fit(self, model, values, family, seed, options):
-        """Result, draws, and draws resampled by importance."""
-        import jax
-
-        from numpyro_vae_ext.training import fit_posterior
-
-        key, one, two = jax.random.split(jax.random.key(seed), 3)
-        found = fit_posterior(key, model, *values, progress_bar=False, **family, **options)
-        ask = found.guide.sample_posterior
-        draws = ask(one, found.params, sample_shape=(EVALUATED,))
-        again = ask(two, found.params, *values, sample_shape=(4000,), num_importance=25)
-        return found, draws, again
-
-    def families(self, name):
-        from numpyro_vae_ext.guides import VGP, Auxiliary, MeanField
-
-        given = {"MeanField": MeanField, "VGP": VGP, "Auxiliary": Auxiliary}
-        return {"family": given[name]} if name in given else {}
-
-    def linear(self):
-        import jax.numpy as jnp
-        import numpyro
-        import numpyro.distributions as dist
-
-        def model(x, y):
-            beta = numpyro.sample("beta", dist.Normal(jnp.zeros(x.shape[1]), 1.0).to_event(1))
-            numpyro.sample("y", dist.Normal(x @ beta, 1.0).to_event(1), obs=y)
-
-        return model
-
-    def energy(self, target):
-        import jax.numpy as jnp
-        import numpyro
-        import numpyro.distributions as dist
-
-        def model():
-            prior = dist.ImproperUniform(dist.constraints.real_vector, (), (target.dim,))
-            z = numpyro.sample("z", prior)
-            numpyro.factor("energy", target.log_density(z, jnp))
-
-        return model
-
-    def hosts(self, model, values, seed):
-        """By guide: draws and seconds at the better of two rates."""
-        import jax
-        import optax
-        from numpyro.infer import SVI, Trace_ELBO, autoguide
-
-        for name in ("Normal", "MultivariateNormal", "IAFNormal", "BNAFNormal"):
-            best = None
-            for rate in (1e-2, 1e-3):
-                before = time.perf_counter()
-                guide = getattr(autoguide, f"Auto{name}")(model)
-                svi = SVI(model, guide, optax.adam(rate), Trace_ELBO(num_particles=16))
-                keys = jax.random.split(jax.random.key(seed))
-                result = svi.run(keys[0], 10_000, *values, progress_bar=False, stable_update=True)
-                seconds = time.perf_counter() - before
-                loss = float(np.mean(result.losses[-500:]))
-                if best is None or not loss >= best[0]:
-                    draws = guide.sample_posterior(
-                        keys[1], result.params, *values, sample_shape=(EVALUATED,)
-                    )
-                    best = (loss, draws, seconds)
-            yield f"Auto{name}", *best
-
-    def pathfinder(self, model, values, seed):
-        """Result and seconds of Pathfinder alone."""
-        import jax
-
-        from numpyro_vae_ext.training import pathfinder
-
-        before = time.perf_counter()
-        options = {"num_samples": 4000, "progress_bar": False}
-        found = pathfinder(jax.random.key(seed), model, *values, **options)
-        return found, time.perf_counter() - before
-
-    def nuts(self, model, values, seed, num_draws):
-        """Draws and seconds, with compilation."""
-        import jax
-        from numpyro.infer import MCMC, NUTS
-
-        before = time.perf_counter()
-        chain = MCMC(NUTS(model), num_warmup=1000, num_samples=num_draws, progress_bar=False)
-        chain.run(jax.random.key(seed), *values)
-        draws = jax.block_until_ready(chain.get_samples())
-        return draws, time.perf_counter() - before
-
-
-class Pyro:
-    """Fits in Pyro, in double precision."""
-
-    def __init__(self):
-        import posterior_models_pyro
-        import torch
-
-        torch.set_default_dtype(torch.float64)
-        self.models = posterior_models_pyro.MODELS
-
-    def values(self, arguments):
-        import torch
-
-        return tuple(
-            torch.as_tensor(value) if isinstance(value, np.ndarray) else value
-            for value in arguments.values()
-        )
-
-    def fit(self, model, values, family, seed, options):
-        import pyro
-        import torch
-
-        from pyro_vae_ext.training import fit_posterior
-
-        pyro.clear_param_store()
-        pyro.set_rng_seed(seed)
-        found = fit_posterior(model, *values, progress_bar=False, **family, **options)
-        with torch.no_grad():
-            draws = found.guide.sample_posterior(sample_shape=(EVALUATED,))
-            again = found.guide.sample_posterior(*values, sample_shape=(4000,), num_importance=25)
-        return found, draws, again
-
-    def families(self, name):
-        from pyro_vae_ext.guides import VGP, Auxiliary, MeanField
-
-        given = {"MeanField": MeanField, "VGP": VGP, "Auxiliary": Auxiliary}
-        return {"family": given[name]} if name in given else {}
-
-    def energy(self, target):
-        import pyro
-        import pyro.distributions as dist
-        import torch
-
-        def model():
-            prior = dist.ImproperUniform(dist.constraints.real_vector, (), (target.dim,))
-            z = pyro.sample("z", prior)
-            pyro.factor("energy", target.log_density(z, torch))
-
-        return model
-
-    def linear(self):
-        import pyro
-        import pyro.distributions as dist
-        import torch
-
-        def model(x, y):
-            beta = pyro.sample("beta", dist.Normal(torch.zeros(x.shape[1]), 1.0).to_event(1))
-            pyro.sample("y", dist.Normal(x @ beta, 1.0).to_event(1), obs=y)
-
-        return model
-
-
 def seconds_of(history):
     parts = " ".join(f"{k} {v:.1f}" for k, v in history.seconds.items())
     return f"{parts} s, {history.draws_per_second:.0f} draws/s"
@@ -242,7 +74,7 @@ def show_fit(title, backend, model, values, args, seed, compare):
 
 
 def main(args):
-    backend = {"numpyro": NumPyro, "pyro": Pyro}[args.backend]()
+    backend = import_module(f"posteriors_{args.backend}").Backend()
     for size in args.regression:
         x, y, evidence = regression(size)
         for seed in args.seeds:
@@ -293,9 +125,16 @@ def main(args):
                         f"{name:22s} {label:22s} {compare(draws)}loss {loss:.3f}, {seconds:.1f} s"
                     )
             if "nuts" in args.methods:
-                for num_draws in NUTS_DRAWS:
-                    draws, seconds = backend.nuts(model, values, seed, num_draws)
-                    print(f"{name:22s} NUTS, {num_draws:6d}: {compare(draws)}{seconds:.1f} s")
+                for num_draws in backend.nuts_draws:
+                    title = f"{name:22s} NUTS, {num_draws:6d}: "
+                    try:
+                        draws, seconds = backend.nuts(
+                            model, values, seed, num_draws, args.most_seconds
+                        )
+                    except TimeoutError as end:
+                        print(f"{title}given up after {args.most_seconds:.0f} s, {end}")
+                        continue
+                    print(f"{title}{compare(draws)}{seconds:.1f} s")
             sys.stdout.flush()
 
 
@@ -309,6 +148,7 @@ if __name__ == "__main__":
     parser.add_argument("--family", default="IAF")
     parser.add_argument("--temper", action="store_true")
     parser.add_argument("--methods", nargs="+", default=["fit"])
+    parser.add_argument("--most-seconds", type=float, default=600.0)
     parser.add_argument("--posteriors", nargs="+", default=list(posterior_data.POSTERIORS))
     parser.add_argument("--energies", nargs="*", choices=list(targets.TARGETS), metavar="TARGET")
     parser.add_argument("--regression", type=int, nargs="*", default=[])
