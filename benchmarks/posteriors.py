@@ -4,6 +4,7 @@
     python benchmarks/posteriors.py --backend pyro --data-dir posteriordb
     python benchmarks/posteriors.py --data-dir posteriordb --methods pathfinder hosts nuts
     python benchmarks/posteriors.py --backend pyro --data-dir posteriordb --methods pathfinder nuts
+    python benchmarks/posteriors.py --data-dir posteriordb --family VGP --num-restarts 3
     python benchmarks/posteriors.py --backend numpyro --regression 10 20 35 100
     python benchmarks/posteriors.py --backend numpyro --energies --family VGP --temper
 
@@ -62,7 +63,7 @@ def seconds_of(history):
 def show_fit(title, backend, model, values, args, seed, compare):
     """Fit and print a row."""
     family = backend.families(args.family)
-    options = {"temper": True} if args.temper else {}
+    options = {"temper": args.temper, "num_restarts": args.num_restarts}
     found, draws, again = backend.fit(model, values, family, seed, options)
     told, history = found.diagnosis, found.history
     print(
@@ -147,6 +148,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--family", default="IAF")
     parser.add_argument("--temper", action="store_true")
+    parser.add_argument("--num-restarts", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=["fit"])
     parser.add_argument("--most-seconds", type=float, default=600.0)
     parser.add_argument("--posteriors", nargs="+", default=list(posterior_data.POSTERIORS))
