@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, list[dict]]] = {
                 "hidden_dims": (8, 6),
                 "num_flows": 3,
                 "activation": "tanh",
+                "tails": "exponential",
             },
             {"latent_dim": 1, "context_dim": 4, "hidden_dims": (5,)},
             {
@@ -50,7 +51,7 @@ CASES: dict[str, dict[str, list[dict]]] = {
                 "num_flows": 1,
                 "update": "gated",
             },
-            {"latent_dim": 3, "context_dim": None, "hidden_dims": (7,)},
+            {"latent_dim": 3, "context_dim": None, "hidden_dims": (7,), "tails": "exponential"},
             {"latent_dim": 1, "context_dim": None, "hidden_dims": (5,)},
         ],
         "Auxiliary": [

@@ -20,6 +20,7 @@ from numpyro_vae_ext.guides._base import DirectFamily, param_dtype_or_default
 from numpyro_vae_ext.guides._flow import FlowDistribution, Transform
 from numpyro_vae_ext.guides.mean_field import MeanField
 from numpyro_vae_ext.nn._scales import bounded, log_scale_bound
+from numpyro_vae_ext.nn._tails import FIRST_LOGIT, slope_and_bend, stretch, unstretch
 from numpyro_vae_ext.nn.masked import MaskedMLP
 
 
@@ -51,12 +52,21 @@ class IAF(DirectFamily):
     fewer where they converge. The derivative at a fixed value, which ``gradient="stl"`` and
     ``"dreg"`` ask for, costs ``latent_dim`` forward-mode columns and one triangular solve a step.
 
+    With ``tails="exponential"`` the base is
+    :math:`z_0 = \mu_0 + \sigma_0 \odot h(\varepsilon)`, where each side of each coordinate has a
+    trained tail between those of a Normal and of an exponential law:
+    :math:`h(\varepsilon) = \varepsilon + \kappa_+ q(\varepsilon) - \kappa_- q(-\varepsilon)` with
+    :math:`q(x) = \frac12 \log^2(1 + e^x)` and :math:`0 < \kappa_\pm < 1`, .047 at the start. The
+    logarithm of a positive parameter often has such a tail, and steps with bounded scales make
+    none of a Normal's (Jaini et al. 2020).
+
     Args:
         latent_dim: width of the latent variable; 1 works too.
         context_dim: width of the context, or None for a global posterior.
         hidden_dims: widths of the hidden layers of each net, at least one.
         num_flows: number of steps `T`.
         update: ``"affine"`` (eq. 10) or ``"gated"`` (eq. 13-14).
+        tails: ``"normal"``, as in the paper, or ``"exponential"``.
         activation: ``"elu"``, ``"relu"`` or ``"tanh"``.
         rngs: source of the initial weights.
         param_dtype: type of the parameters, JAX's default float if None.
@@ -69,6 +79,9 @@ class IAF(DirectFamily):
     References:
         Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling (2016), Improved Variational
         Inference with Inverse Autoregressive Flow, arXiv 1606.04934, algorithm 1, eq. 10-14.
+
+        Jaini, Kobyzev, Yu and Brubaker (2020), Tails of Lipschitz Triangular Flows, arXiv
+        1907.04481 (what steps can do to a tail).
 
     Example:
         >>> import jax.numpy as jnp, numpyro
@@ -88,6 +101,7 @@ class IAF(DirectFamily):
         hidden_dims: Sequence[int] = (64,),
         num_flows: int = 2,
         update: str = "affine",
+        tails: str = "normal",
         activation: str = "elu",
         rngs: nnx.Rngs,
         param_dtype: Any = None,
@@ -95,9 +109,12 @@ class IAF(DirectFamily):
         super().__init__(latent_dim, context_dim)
         num_flows = positive_int("num_flows", num_flows)
         self.update = one_of("update", update, ("affine", "gated"))
+        self.tails = one_of("tails", tails, ("normal", "exponential"))
         self._bound = log_scale_bound(num_flows)
         dtype = param_dtype_or_default(param_dtype)
         self.base = MeanField(latent_dim, context_dim, rngs=rngs, param_dtype=dtype)
+        if tails == "exponential":
+            self.tail_logits = nnx.Param(jnp.full((2, latent_dim), FIRST_LOGIT, dtype))
         self.nets = masked_nets(
             latent_dim,
             widths("hidden_dims", hidden_dims),
@@ -133,8 +150,11 @@ class _Steps(Transform):
         return jnp.result_type(self.loc)
 
     def forward(self, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z = self.loc + jnp.exp(self.log_scale) * noise
         terms = -0.5 * noise**2 - 0.5 * math.log(2.0 * math.pi) - self.log_scale
+        if self.family.tails == "exponential":
+            noise, log_slope = stretch(noise, self.family.tail_logits[...])
+            terms = terms - log_slope
+        z = self.loc + jnp.exp(self.log_scale) * noise
         for net in self.family.nets:
             z, log_scale = self._step(z, net(z, self.context))
             terms = terms - log_scale
@@ -143,11 +163,19 @@ class _Steps(Transform):
     def inverse(self, value: jax.Array) -> jax.Array:
         for net in reversed(self.family.nets):
             value = self._undo(net, value)
-        return (value - self.loc) * jnp.exp(-self.log_scale)
+        noise = (value - self.loc) * jnp.exp(-self.log_scale)
+        if self.family.tails == "exponential":
+            return unstretch(noise, self.family.tail_logits[...])
+        return noise
 
     def score(self, noise: jax.Array) -> jax.Array:
+        score = -noise
+        if self.family.tails == "exponential":
+            slope, bend = slope_and_bend(noise, self.family.tail_logits[...])
+            score = (score - bend) / slope
+            noise, _ = stretch(noise, self.family.tail_logits[...])
+        score = score * jnp.exp(-self.log_scale)
         z = self.loc + jnp.exp(self.log_scale) * noise
-        score = -noise * jnp.exp(-self.log_scale)
         for net in self.family.nets:
             outputs, slopes = net.jacobian(z, self.context)
             new, log_scale = self._step(z, outputs)

@@ -24,8 +24,8 @@ from numpyro_vae_ext.training._posterior import PosteriorTrainer
 from numpyro_vae_ext.training.pathfinder import pathfinder
 from numpyro_vae_ext.training.posterior_history import PosteriorHistory
 
-# The default: two steps more than that of a guide for many data.
-FAMILY = partial(IAF, num_flows=4)
+# Two steps more than the default of a guide for many data, and tails: a posterior often has them.
+FAMILY = partial(IAF, num_flows=4, tails="exponential")
 
 
 class PosteriorResult(NamedTuple):
@@ -89,8 +89,8 @@ def fit_posterior(
         rng_key: Random key; the same key gives the same result.
         model: Program of NumPyro primitives without discrete latent sites.
         args: Positional arguments of the model.
-        family: As for ``AutoPosterior``; :class:`~numpyro_vae_ext.guides.IAF` with four steps by
-            default.
+        family: As for ``AutoPosterior``; :class:`~numpyro_vae_ext.guides.IAF` with four steps and
+            exponential tails by default.
         num_steps: The most steps; those of rates that lose the race come on top.
         num_particles: Draws of a step.
         learning_rates: Learning rates to race, or one of them; of rates that are as good the

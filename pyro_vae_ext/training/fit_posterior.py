@@ -26,8 +26,8 @@ from pyro_vae_ext.training._posterior import PosteriorTrainer
 from pyro_vae_ext.training.pathfinder import pathfinder
 from pyro_vae_ext.training.posterior_history import PosteriorHistory
 
-# The default: two steps more than that of a guide for many data.
-FAMILY = partial(IAF, num_flows=4)
+# Two steps more than the default of a guide for many data, and tails: a posterior often has them.
+FAMILY = partial(IAF, num_flows=4, tails="exponential")
 
 
 class PosteriorResult(NamedTuple):
@@ -90,8 +90,8 @@ def fit_posterior(
         model: Program of Pyro primitives without discrete latent sites. Random numbers are those of
             torch: the same ``pyro.set_rng_seed`` gives the same result.
         args: Positional arguments of the model.
-        family: As for ``AutoPosterior``; :class:`~pyro_vae_ext.guides.IAF` with four steps by
-            default.
+        family: As for ``AutoPosterior``; :class:`~pyro_vae_ext.guides.IAF` with four steps and
+            exponential tails by default.
         num_steps: The most steps; those of rates that lose the race come on top.
         num_particles: Draws of a step.
         learning_rates: Learning rates to race, or one of them; of rates that are as good the

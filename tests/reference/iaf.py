@@ -7,6 +7,9 @@ natural order of the features at even steps and in the reversed order at odd one
   `b = min(3, 12 / T)`;
 - gated: `z_t = sigma_t z_{t-1} + (1 - g_t) m_t` with the same `sigma_t` and `g_t = sigma_t e^-b`.
 
+With tails of its own the base is `z_0 = mu_0 + sigma_0 h(eps)`, `h(e) = e + k+ q(e) - k- q(-e)`,
+`q(x) = log(1 + e^x)^2 / 2`, `k = 1 / (1 + e^-l)` with two logits `l` for each feature.
+
 The inverse below solves one coordinate at a time, in the order of the step, and shares
 nothing with a fixed-point solver.
 
@@ -55,6 +58,33 @@ def _shift_and_log_scale(z, nets, context, step, update, activation):
     return m, log_sigma
 
 
+def stretched(noise, weights):
+    """The base's noise and the logarithm of its slope; as it is where it has no tails."""
+    if "tail_logits" not in weights:
+        return noise, np.zeros_like(noise)
+    upper, lower = 1.0 / (1.0 + np.exp(-weights["tail_logits"]))
+    above, below = np.log(1.0 + np.exp(noise)), np.log(1.0 + np.exp(-noise))
+    value = noise + 0.5 * upper * above**2 - 0.5 * lower * below**2
+    rise = 1.0 / (1.0 + np.exp(-noise))
+    return value, np.log(1.0 + upper * above * rise + lower * below * (1.0 - rise))
+
+
+def _unstretched(value, weights):
+    """By halving an interval, and two of Newton's steps for the imaginary part of a value."""
+    if "tail_logits" not in weights:
+        return value
+    low, high = np.full(value.shape, -50.0), np.full(value.shape, 50.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        short = stretched(middle, weights)[0] < np.real(value)
+        low, high = np.where(short, middle, low), np.where(short, high, middle)
+    noise = (low + high) / 2
+    for _ in range(2):
+        image, log_slope = stretched(noise, weights)
+        noise = noise + (value - image) * np.exp(-log_slope)
+    return noise
+
+
 def forward(noise, weights, context=None, *, update="affine", activation="elu"):
     """`(z, log q(z))` of standard Normal noise `(*batch, D)`.
 
@@ -67,8 +97,10 @@ def forward(noise, weights, context=None, *, update="affine", activation="elu"):
         activation: activation of the networks and of the base's trunk.
     """
     loc, log_scale = mean_field.heads(_part(weights, "base."), context, activation)
-    z = mean_field.sample(noise, loc, log_scale)
-    log_q = np.sum(-0.5 * noise**2 - 0.5 * mean_field.LOG_2PI - log_scale, axis=-1)
+    base, log_slope = stretched(noise, weights)
+    z = mean_field.sample(base, loc, log_scale)
+    terms = -0.5 * noise**2 - 0.5 * mean_field.LOG_2PI - log_scale - log_slope
+    log_q = np.sum(terms, axis=-1)
     nets = _nets(weights)
     for step in range(len(nets)):
         shift, log_sigma = _shift_and_log_scale(z, nets, context, step, update, activation)
@@ -91,7 +123,7 @@ def inverse(value, weights, context=None, *, update="affine", activation="elu"):
             before[..., i] = solved
         z = before
     loc, log_scale = mean_field.heads(_part(weights, "base."), context, activation)
-    return (z - loc) * np.exp(-log_scale)
+    return _unstretched((z - loc) * np.exp(-log_scale), weights)
 
 
 def log_prob(value, weights, context=None, *, update="affine", activation="elu"):
@@ -108,7 +140,9 @@ def score(value, weights, context=None, *, update="affine", activation="elu"):
     )
 
 
-def random_weights(rng, latent_dim, context_dim=None, hidden_dims=(8,), num_flows=2, scale=0.5):
+def random_weights(
+    rng, latent_dim, context_dim=None, hidden_dims=(8,), num_flows=2, scale=0.5, tails=False
+):
     """A dictionary of Normal weights, far enough from zero for a flow with a shape."""
     weights = {}
 
@@ -130,4 +164,6 @@ def random_weights(rng, latent_dim, context_dim=None, hidden_dims=(8,), num_flow
             weights[f"nets.{step}.context_layer.weight"] = scale * rng.standard_normal(
                 (hidden_dims[0], context_dim)
             )
+    if tails:
+        weights["tail_logits"] = rng.standard_normal((2, latent_dim))
     return weights

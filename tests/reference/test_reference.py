@@ -80,7 +80,8 @@ def test_masked_connects_what_it_may():
 class TestIAF:
     def build(self, context_dim, update, latent_dim):
         rng = np.random.default_rng(3)
-        weights = iaf.random_weights(rng, latent_dim, context_dim, (6,), num_flows=3)
+        tails = latent_dim == 4
+        weights = iaf.random_weights(rng, latent_dim, context_dim, (6,), num_flows=3, tails=tails)
         context = None if context_dim is None else rng.standard_normal((5, context_dim))
         return rng.standard_normal((5, latent_dim)), weights, context
 
@@ -118,9 +119,10 @@ class TestIAF:
         np.testing.assert_allclose(pulled_back, along_noise, atol=1e-10)
 
 
+@pytest.mark.parametrize("tails", [True, False])
 @pytest.mark.parametrize("update", ["gated", "affine"])
-def test_iaf_density_integrates_to_one(update):
-    weights = iaf.random_weights(np.random.default_rng(4), 1, None, (6,), num_flows=2)
+def test_iaf_density_integrates_to_one(update, tails):
+    weights = iaf.random_weights(np.random.default_rng(4), 1, None, (6,), num_flows=2, tails=tails)
 
     def density(z):
         return np.exp(iaf.log_prob(np.array([[z]]), weights, update=update)[0])

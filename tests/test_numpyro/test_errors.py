@@ -86,6 +86,11 @@ def test_arguments_of_the_objective(arguments: dict, kind: type, text: str) -> N
             "Expected update to be 'affine' or 'gated'; got 'x'.",
         ),
         (
+            "IAF",
+            {"latent_dim": 2, "tails": "x"},
+            "Expected tails to be 'normal' or 'exponential'; got 'x'.",
+        ),
+        (
             "MeanField",
             {"latent_dim": 2, "activation": "x"},
             "Expected activation to be one of 'elu', 'relu', 'tanh'; got 'x'.",

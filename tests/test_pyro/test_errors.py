@@ -62,6 +62,11 @@ def test_objective_options(kwargs: dict, error: type[Exception], text: str) -> N
         ),
         (
             "IAF",
+            {"latent_dim": 2, "tails": "x"},
+            "Expected tails to be 'normal' or 'exponential'; got 'x'.",
+        ),
+        (
+            "IAF",
             {"latent_dim": 2, "activation": "x"},
             "Expected activation to be one of 'elu', 'relu', 'tanh'; got 'x'.",
         ),
