@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# At the start: the law is nearly a Normal, 6 % wider.
+# At the start: the law is nearly a Normal, 5 % wider.
 FIRST_LOGIT = -3.0
 # Newton's method has the last digit after fewer.
 _ROUNDS = 20

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# At the start: the law is nearly a Normal, 6 % wider.
+# At the start: the law is nearly a Normal, 5 % wider.
 FIRST_LOGIT = -3.0
 # Newton's method has the last digit after fewer.
 _ROUNDS = 20
