@@ -2,7 +2,8 @@
 
 - `sine`: the energy U2 of Rezende and Mohamed (2015), arXiv 1505.05770, table 1, with a smooth wall
   at `|z1| = 4` that makes it integrable;
-- `mixture`: two standard Normals whose means are 6 apart.
+- `mixture`: two standard Normals whose means are 6 apart;
+- `log_exponential`: logarithms of exponential numbers, with an exponential tail on the left.
 
 The functions take their array module (`numpy` here, a backend's in the tests of the backends).
 """
@@ -23,6 +24,11 @@ def mixture(z, xp=np):
     z1, z2 = z[..., 0], z[..., 1]
     halves = (-0.5 * (z1 - 3.0) ** 2, -0.5 * (z1 + 3.0) ** 2)
     return xp.logaddexp(*halves) - 0.5 * z2**2 - np.log(4.0 * np.pi)
+
+
+def log_exponential(z, xp=np):
+    """Normalised log-density of logarithms of exponential numbers, of any dimension."""
+    return (z - xp.exp(z)).sum(-1)
 
 
 def log_normaliser(log_density):
