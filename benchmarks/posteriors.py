@@ -17,9 +17,9 @@ AutoBNAFNormal, 10,000 steps of Adam, 16 draws, at the better of 1e-2 and 1e-3 b
 `nuts` is NUTS with 1,000 warmup steps and 1,000 or, in NumPyro alone, 10,000 draws in one chain,
 compilation in its seconds; in Pyro it is given up after `--most-seconds`. There a flat prior gets a
 sampler: without one neither starts. Data and draws are those that `examples/posterior_data.py`
-names. With
-`--regression` the rows are linear regressions whose evidence is known, by size, with `--energies`
-the densities of `examples/targets.py`, and the bound is given in nats below the evidence.
+names. With `--regression` the rows are linear regressions whose evidence is known, by size, with
+`--energies` the densities of `examples/targets.py`, and the bound is given in nats below the
+evidence.
 """
 
 import argparse

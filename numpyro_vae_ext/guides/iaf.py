@@ -20,7 +20,7 @@ from numpyro_vae_ext.guides._base import DirectFamily, param_dtype_or_default
 from numpyro_vae_ext.guides._flow import FlowDistribution, Transform
 from numpyro_vae_ext.guides.mean_field import MeanField
 from numpyro_vae_ext.nn._scales import bounded, log_scale_bound
-from numpyro_vae_ext.nn._tails import FIRST_LOGIT, slope_and_bend, stretch, unstretch
+from numpyro_vae_ext.nn._tails import FIRST_LOGIT, stretch, stretch_and_bend, unstretch
 from numpyro_vae_ext.nn.masked import MaskedMLP
 
 
@@ -171,9 +171,8 @@ class _Steps(Transform):
     def score(self, noise: jax.Array) -> jax.Array:
         score = -noise
         if self.family.tails == "exponential":
-            slope, bend = slope_and_bend(noise, self.family.tail_logits[...])
+            noise, slope, bend = stretch_and_bend(noise, self.family.tail_logits[...])
             score = (score - bend) / slope
-            noise, _ = stretch(noise, self.family.tail_logits[...])
         score = score * jnp.exp(-self.log_scale)
         z = self.loc + jnp.exp(self.log_scale) * noise
         for net in self.family.nets:

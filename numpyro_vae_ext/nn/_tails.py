@@ -26,11 +26,12 @@ def stretch(noise: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return value, jnp.log1p(upper * above[1] + lower * below[1])
 
 
-def slope_and_bend(noise: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The slope of ``h``, and the derivative of the slope's logarithm."""
+def stretch_and_bend(noise: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``h``, its slope, and the derivative of the slope's logarithm: what a score needs."""
     (upper, lower), above, below = jax.nn.sigmoid(logits), _square(noise), _square(-noise)
+    value = noise + upper * above[0] - lower * below[0]
     slope = 1.0 + upper * above[1] + lower * below[1]
-    return slope, (upper * above[2] - lower * below[2]) / slope
+    return value, slope, (upper * above[2] - lower * below[2]) / slope
 
 
 def unstretch(value: jax.Array, logits: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from pyro_vae_ext.guides._base import DirectFamily
 from pyro_vae_ext.guides._flow import FlowDistribution, Transform
 from pyro_vae_ext.guides.mean_field import MeanField
 from pyro_vae_ext.nn._scales import bounded, log_scale_bound
-from pyro_vae_ext.nn._tails import FIRST_LOGIT, slope_and_bend, stretch, unstretch
+from pyro_vae_ext.nn._tails import FIRST_LOGIT, stretch, stretch_and_bend, unstretch
 
 
 class IAF(DirectFamily):
@@ -181,9 +181,8 @@ class _Steps(Transform):
     def score(self, noise: Tensor) -> Tensor:
         gradient = -noise
         if self.family.tails == "exponential":
-            slope, bend = slope_and_bend(noise, self.family.tail_logits)
+            noise, slope, bend = stretch_and_bend(noise, self.family.tail_logits)
             gradient = (gradient - bend) / slope
-            noise, _ = stretch(noise, self.family.tail_logits)
         gradient = gradient * (-self.log_scale).exp()
         z = self.loc + self.log_scale.exp() * noise
         for net in self.family.nets:

@@ -25,11 +25,12 @@ def stretch(noise: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return value, torch.log1p(upper * above[1] + lower * below[1])
 
 
-def slope_and_bend(noise: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The slope of ``h``, and the derivative of the slope's logarithm."""
+def stretch_and_bend(noise: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``h``, its slope, and the derivative of the slope's logarithm: what a score needs."""
     (upper, lower), above, below = logits.sigmoid(), _square(noise), _square(-noise)
+    value = noise + upper * above[0] - lower * below[0]
     slope = 1.0 + upper * above[1] + lower * below[1]
-    return slope, (upper * above[2] - lower * below[2]) / slope
+    return value, slope, (upper * above[2] - lower * below[2]) / slope
 
 
 def unstretch(value: Tensor, logits: Tensor) -> Tensor:
